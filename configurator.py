@@ -1,0 +1,106 @@
+"""
+Turns a command line of config files and --key=value flags into a dict of overrides for a dataclass of defaults.
+
+    python train.py config/completep_small.py --n_layer=16 --learning_rate=0.004
+
+Files and flags apply from left to right. A config file is Python made of plain assignments; names that start with an
+underscore are its own. It runs as code: use files you trust.
+"""
+import difflib
+import inspect
+import runpy
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that says what was given, what is allowed and what to do."""
+
+
+def exit_on_user_error(main):
+    """Runs main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(report(error))
+
+
+def report(error):
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+
+
+def check(key, value, types, where):
+    """Returns `value` as the type of the default of `key`; ints become floats. Raises UserError."""
+    if key not in types:
+        near = difflib.get_close_matches(key, types, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else 'see --help for all keys'
+        raise UserError(f"{where}: unknown key '{key}'; {hint}")
+    expected = types[key]
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise UserError(f'{where}: {key} must be {expected.__name__}, got {value!r} ({type(value).__name__})')
+    return value
+
+
+def read_file(path, types):
+    """Overrides from one config file. Raises UserError."""
+    folder = str(Path(path).resolve().parent)
+    modules_before = set(sys.modules)
+    sys.path.insert(0, folder)  # so that `from completep_small import *` works in a file beside it
+    try:
+        names = runpy.run_path(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no file '{error.filename}'; flags are written --key=value") from None
+    except SyntaxError as error:
+        raise UserError(f'{path}, line {error.lineno}: {error.msg}') from None
+    except Exception as error:
+        raise UserError(f'{path}: {type(error).__name__}: {error}') from None
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - modules_before:  # another folder may have a file of the same name
+            if str(getattr(sys.modules[name], '__file__', None) or '').startswith(folder):
+                del sys.modules[name]
+    return {key: check(key, value, types, path) for key, value in names.items()
+            if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
+
+
+def read_flag(argument, types):
+    """The (key, value) of one --key=value. Raises UserError."""
+    key, equals, text = argument[2:].partition('=')
+    if not equals:
+        raise UserError(f"'{argument}' has no value; write {argument}=VALUE")
+    expected = types.get(key, str)
+    value = text
+    if expected is bool:
+        value = {'true': True, 'false': False}.get(text.lower(), text)
+    elif expected is not str:
+        try:
+            value = expected(text)
+        except ValueError:
+            pass  # check() says what was expected
+    return key, check(key, value, types, f"'{argument}'")
+
+
+def configure(defaults, argv):
+    """Overrides of the dataclass `defaults` from the arguments `argv`; --help prints its source, which is the manual.
+
+    Raises UserError for whatever it cannot use.
+    """
+    types = {field.name: field.type if isinstance(field.type, type) else type(field.default)
+             for field in fields(defaults)}
+    overrides = {}
+    for argument in argv:
+        if argument in ('-h', '--help'):
+            print(inspect.getsource(sys.modules[defaults.__module__]).split('"""')[1].strip() + '\n')
+            print(inspect.getsource(defaults))
+            sys.exit(0)
+        if argument.startswith('--'):
+            key, value = read_flag(argument, types)
+            overrides[key] = value
+        else:
+            overrides.update(read_file(argument, types))
+    return overrides

@@ -1,0 +1,17 @@
+"""
+Tiny Shakespeare by characters: 1,003,854 for training and 111,540 for validation, the last tenth, as in nanoGPT.
+
+    python data/shakespeare_char/prepare.py [--input FILE]
+
+Downloads 1.1 MB, or takes FILE, a copy of the same text, without a network.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import exit_on_user_error  # noqa: E402
+from dataset import CharTokenizer  # noqa: E402
+from write_dataset import write_shakespeare  # noqa: E402
+
+if __name__ == '__main__':
+    exit_on_user_error(lambda: write_shakespeare(Path(__file__).parent, lambda text: CharTokenizer(sorted(set(text)))))

@@ -1,0 +1,134 @@
+"""
+Any local text as a dataset: files, folders and glob patterns of .txt, .md, .py, .jsonl, .parquet, each also as .gz.
+
+    python data/text/prepare.py BOOKS/ notes.md 'logs/*.txt.gz' --tokenizer=gpt2
+    python data/text/prepare.py train.txt --val valid.txt --tokenizer=byte --out=data/mytext
+    python train.py --dataset=mytext
+
+Files of other names are read as text if they are named themselves, and passed over in folders. Of .jsonl and .parquet the
+column 'text' is read (--column). Without --val the last --val_frac of the tokens are for validation. Memory does not grow
+with the input.
+"""
+import argparse
+import gzip
+import json
+import os
+import re
+import sys
+from glob import glob
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import UserError, exit_on_user_error  # noqa: E402
+from dataset import CharTokenizer, get_tokenizer  # noqa: E402
+from write_dataset import PIECE_CHARS, write_dataset  # noqa: E402
+
+SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.parquet')
+
+
+def find_files(patterns):
+    """The files that paths, folders and glob patterns name, sorted, each once. Raises UserError for one without any."""
+    files = {}
+    for pattern in patterns:
+        found = [pattern] if os.path.exists(pattern) else glob(pattern, recursive=True)
+        named = [path for path in found if os.path.isfile(path)]
+        in_folders = [str(path) for folder in found if os.path.isdir(folder) for path in Path(folder).rglob('*')
+                      if path.is_file() and path.name.removesuffix('.gz').endswith(SUFFIXES)]
+        if not named + in_folders:
+            raise UserError(f"'{pattern}' matches no file (folders are searched for {', '.join(SUFFIXES)}, also .gz)")
+        files.update(dict.fromkeys(sorted(named + in_folders)))
+    return list(files)
+
+
+def open_text(path):
+    opener = gzip.open if path.endswith('.gz') else open
+    return opener(path, 'rt', encoding='utf-8', errors='replace', newline='')
+
+
+def pieces(file):
+    """(text, ends_document) of a text file, cut where tokenising the parts gives the tokens of the whole.
+
+    That is at a line break with no white space on either side; a file without one is cut wherever it must be.
+    """
+    text = ''
+    while more := file.read(PIECE_CHARS):
+        text += more
+        if len(text) >= 2 * PIECE_CHARS:
+            breaks = [match.end() for match in re.finditer(r'\S\n(?=\S)', text[PIECE_CHARS:])]
+            cut = PIECE_CHARS + breaks[-1] if breaks else 0 if len(text) < 16 * PIECE_CHARS else len(text)
+            if cut:
+                yield text[:cut], False
+                text = text[cut:]
+    yield text, True
+
+
+def rows(path, column):
+    """The strings of a column of a .jsonl or .parquet file. Raises UserError with the line or column that is wrong."""
+    if path.removesuffix('.gz').endswith('.jsonl'):
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        yield str(json.loads(line)[column])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"'{path}', line {number}: no text under '{column}' ({error}); name the column "
+                                    'with --column') from None
+        return
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError('.parquet files need pyarrow: pip install pyarrow') from None
+    try:
+        with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256, columns=[column]):
+                yield from (str(value) for value in batch.column(column).to_pylist())
+    except (KeyError, pyarrow.ArrowException) as error:
+        raise UserError(f"'{path}': no text under '{column}' ({error}); name the column with --column") from None
+
+
+def documents(files, split, column):
+    """(split, text, ends_document) of every file. Raises UserError for one that cannot be read."""
+    for path in files:
+        try:
+            if path.removesuffix('.gz').endswith(('.jsonl', '.parquet')):
+                yield from ((split, text, True) for text in rows(path, column))
+            else:
+                with open_text(path) as file:
+                    yield from ((split, text, ends) for text, ends in pieces(file))
+        except (OSError, EOFError) as error:
+            raise UserError(f"'{path}' cannot be read: {error}") from None
+
+
+def prepare(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('inputs', nargs='+', help='files, folders or glob patterns')
+    parser.add_argument('--val', nargs='+', default=[], help='the same, for validation')
+    parser.add_argument('--val_frac', type=float, default=0.1, help='without --val: fraction for validation')
+    parser.add_argument('--tokenizer', default='byte', help='byte, char or an encoding of tiktoken')
+    parser.add_argument('--column', default='text', help='column of .jsonl and .parquet files')
+    parser.add_argument('--out', default=Path(__file__).parent, help='folder to write')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
+    args = parser.parse_args(argv)
+    if not 0 < args.val_frac < 1:
+        raise UserError(f'--val_frac={args.val_frac} is not allowed: use a fraction between 0 and 1')
+    train, val = find_files(args.inputs), find_files(args.val)
+
+    def all_documents():
+        yield from documents(train, 'train', args.column)
+        yield from documents(val, 'val', args.column)
+
+    if args.tokenizer == 'char':
+        chars = set()
+        for _, text, _ in all_documents():
+            chars.update(text)
+        tokenizer = CharTokenizer(''.join(sorted(chars)))
+    else:
+        tokenizer = get_tokenizer(args.tokenizer)
+    packed = ('.gz', '.parquet')  # their size says little about the text inside
+    total_chars = None if any(path.endswith(packed) for path in train + val) else sum(map(os.path.getsize, train + val))
+    return write_dataset(args.out, all_documents(), tokenizer, f'{len(train) + len(val)} local files',
+                         val_frac=0 if val else args.val_frac, total_chars=total_chars, workers=args.workers)
+
+
+if __name__ == '__main__':
+    exit_on_user_error(prepare)

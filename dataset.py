@@ -1,0 +1,157 @@
+"""
+A dataset is a folder of token ids, train.bin and val.bin, and meta.json that says what they are.
+
+write_dataset.py writes such folders; here they are checked and read. Tokenizers are known by name: 'byte', 'char' or any
+encoding of tiktoken.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+DATA_DIR = Path(__file__).resolve().parent / 'data'
+
+# -----------------------------------------------------------------------------
+# Tokenizers: encode(text) -> array of ids, token_bytes(id) -> UTF-8 bytes, vocab_size, end_of_text (an id or None)
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of the text."""
+    name, vocab_size, end_of_text = 'byte', 256, None
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(errors='replace'), dtype=np.uint8)
+
+    def token_bytes(self, token):
+        return bytes([token])
+
+
+class CharTokenizer:
+    """The characters of the text, numbered in the order of `chars`, which is sorted."""
+    name, end_of_text = 'char', None
+
+    def __init__(self, chars):
+        self.chars, self.vocab_size = chars, len(chars)
+        self.codes = np.array([ord(char) for char in chars], dtype=np.uint32)
+
+    def encode(self, text):
+        """Raises UserError for a character that is not in the vocabulary."""
+        codes = np.frombuffer(text.encode('utf-32-le', errors='replace'), dtype=np.uint32)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
+        unknown = codes[self.codes[ids] != codes]
+        if len(unknown):
+            raise UserError(f'character {chr(unknown[0])!r} is not among the {self.vocab_size} that this vocabulary '
+                            f'knows: {self.chars!r}')
+        return ids
+
+    def token_bytes(self, token):
+        return self.chars[token].encode()
+
+
+class TiktokenTokenizer:
+    """An encoding of tiktoken, such as GPT-2's; special tokens are never read out of text."""
+
+    def __init__(self, name):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError(f"tokenizer '{name}' needs tiktoken: pip install tiktoken") from None
+        known = tiktoken.list_encoding_names()
+        if name not in known:
+            raise UserError(f"tokenizer '{name}' is not known: use byte, char, {', '.join(known)}")
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as error:  # whatever the network library raises
+            raise UserError(f"tokenizer '{name}' could not be downloaded ({type(error).__name__}): go online once, or "
+                            "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
+        self.name, self.vocab_size, self.end_of_text = name, encoding.n_vocab, encoding.eot_token
+        self.encoding = encoding
+
+    def encode(self, text):
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
+
+    def token_bytes(self, token):
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:  # some encodings have gaps
+            return b''
+
+
+def get_tokenizer(name, chars=None):
+    """The tokenizer called `name`; 'char' needs its `chars`. Raises UserError."""
+    if name == 'byte':
+        return ByteTokenizer()
+    return CharTokenizer(chars) if name == 'char' else TiktokenTokenizer(name)
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+class Dataset:
+    """The token ids of one folder, memory-mapped, and batches of them."""
+
+    def __init__(self, name):
+        """Opens data/NAME or a folder given by its whole path. Raises UserError with what is wrong with it."""
+        self.folder = DATA_DIR / name
+        prepare = self.folder / 'prepare.py'
+        again = f'run python data/{name}/prepare.py' if prepare.exists() else 'see data/text/prepare.py'
+        try:
+            self.meta = json.loads((self.folder / 'meta.json').read_text())
+        except FileNotFoundError:
+            raise UserError(f"no dataset in '{self.folder}' (no meta.json): {again}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.folder}/meta.json' cannot be read ({error}): {again}") from None
+        try:
+            dtype = np.dtype({'uint16': np.uint16, 'uint32': np.uint32}[self.meta['dtype']])
+            self.vocab_size, self.real_vocab_size = int(self.meta['vocab_size']), int(self.meta['real_vocab_size'])
+            self.bytes_per_token = float(self.meta['bytes_per_token'])
+            self.tokenizer_name = str(self.meta['tokenizer'])
+            sizes = {split: int(self.meta[f'{split}_tokens']) for split in ('train', 'val')}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"'{self.folder}/meta.json' has no usable {error}: {again}") from None
+        self.ids = {}
+        for split, num_tokens in sizes.items():
+            path = self.folder / f'{split}.bin'
+            found = path.stat().st_size if path.exists() else None
+            if found != num_tokens * dtype.itemsize or num_tokens < 1:
+                raise UserError(f"'{path}' {'is missing' if found is None else f'has {found:,} bytes'}, meta.json says "
+                                f'{num_tokens * dtype.itemsize:,}: {again}')
+            self.ids[split] = np.memmap(path, dtype=dtype, mode='r')
+
+    def tokenizer(self):
+        return get_tokenizer(self.tokenizer_name, self.meta.get('chars'))
+
+    def train_starts(self, seed, step, num_sequences, block_size):
+        """Where the sequences of one step's global batch begin: a function of its arguments and of nothing else."""
+        last = self.last_start('train', block_size)
+        return np.random.default_rng((seed, step)).integers(0, last + 1, size=num_sequences)
+
+    def val_starts(self, num_tokens, block_size):
+        """Where the validation sequences begin: always the same, evenly spread over val.bin, without overlap."""
+        last = self.last_start('val', block_size)
+        num_sequences = max(1, min(num_tokens // block_size, last // block_size + 1))
+        return np.linspace(0, last, num_sequences).astype(np.int64)
+
+    def last_start(self, split, block_size):
+        """Last position at which block_size inputs and their targets fit. Raises UserError if there is none."""
+        last = len(self.ids[split]) - block_size - 1
+        if last < 0:
+            raise UserError(f"'{self.folder}/{split}.bin' has {len(self.ids[split]):,} tokens, too few for "
+                            f'block_size={block_size}: use a smaller block_size or more data')
+        return last
+
+    def batch(self, split, starts, block_size, device):
+        """Inputs and targets, (B, T) int64 each. Raises UserError for an id outside the vocabulary."""
+        ids = np.stack([self.ids[split][start:start + block_size + 1] for start in starts]).astype(np.int64)
+        if ids.max() >= self.real_vocab_size:
+            raise UserError(f"'{self.folder}/{split}.bin' holds id {ids.max()}, outside its vocabulary of "
+                            f'{self.real_vocab_size}: prepare it again')
+        ids = torch.from_numpy(ids)  # (B, T + 1)
+        if device.type == 'cuda':
+            ids = ids.pin_memory()
+        ids = ids.to(device, non_blocking=True)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

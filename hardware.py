@@ -1,0 +1,66 @@
+"""
+What this machine can do: device, dtype, whether torch.compile works, and the peak FLOP/s of known accelerators.
+"""
+import torch
+
+from configurator import UserError
+
+PEAK_FLOPS = {  # dense bf16 (fp16 where the chip has no bf16) FLOP/s by a part of the device's name; first match wins
+    'GB200': 2.5e15, 'B200': 2.25e15, 'B100': 1.75e15,
+    'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'GH200': 989e12, 'H800': 989e12,
+    'A100': 312e12, 'A800': 312e12, 'A10G': 70e12, 'A10': 125e12, 'A40': 150e12, 'A6000': 155e12, 'A30': 165e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+    'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12,
+    'MI355X': 2.5e15, 'MI325X': 1.307e15, 'MI300X': 1.307e15, 'MI250X': 383e12,
+}
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def pick_device(name):
+    """The device called `name`; 'auto' takes cuda, then mps, then cpu. Raises UserError."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device='{name}' does not work here ({reason}); use device='auto' or 'cpu'") from None
+    return torch.device(name)
+
+
+def cpu_has_bf16():
+    """Whether the CPU has bf16 instructions (AVX512-BF16 or AMX on x86, BF16 on Arm)."""
+    has = getattr(torch.cpu, 'get_capabilities', dict)()  # torch before 2.12 has only the second line's question
+    return any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')) or \
+        torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_dtype(name, device):
+    """The autocast dtype called `name`; 'auto' takes bf16 where the device computes in it. Raises UserError."""
+    if name == 'auto':
+        bf16 = torch.cuda.is_bf16_supported() if device.type == 'cuda' else device.type == 'cpu' and cpu_has_bf16()
+        name = 'bfloat16' if bf16 else 'float16' if device.type == 'cuda' else 'float32'
+    if name not in DTYPES:
+        raise UserError(f"dtype='{name}' is not known: use auto, {', '.join(DTYPES)}")
+    if name == 'float16' and device.type != 'cuda':
+        raise UserError(f"dtype='float16' needs the gradient scaling of a CUDA device, this is {device.type}: "
+                        "use 'auto', 'bfloat16' or 'float32'")
+    return DTYPES[name]
+
+
+def why_not_compile(device):
+    """One line that says why torch.compile does not work here, or None where it does."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+    return None
+
+
+def peak_flops(device):
+    """Dense peak FLOP/s of the device, or None where it is not in the table."""
+    if device.type != 'cuda':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

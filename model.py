@@ -1,0 +1,396 @@
+"""
+A GPT whose hyperparameters transfer: tune a small model, train a wide, deep or sparse one with the same values.
+
+Read in order: PARAMETERIZATIONS and scaling_rules (the papers' tables, the whole method), ROLES, Block.forward,
+GPT.forward, GPT.configure_optimizers. The rest is nanoGPT's GPT, with the same module names.
+
+    B batch    T time    C n_embd    H n_head    D head_dim    V vocab_size
+
+    m_N    width ratio     n_embd   / base_n_embd
+    m_L    depth ratio     n_layer  / base_n_layer
+    m_D    head ratio      head_dim / base_head_dim
+    rho    density         fraction of the attention and MLP weights that are not masked
+    alpha  depth exponent  residual branches are multiplied by m_L^-alpha
+
+Papers: CompleteP arXiv:2505.01618, muP (Tensor Programs V) arXiv:2203.03466, SuPar arXiv:2405.15743.
+"""
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# -----------------------------------------------------------------------------
+# The parameterization
+
+
+class Sees(NamedTuple):
+    """What a parameterization reacts to: exponents, 1 = sees the ratio, 0 = blind to it (ratio ** 0 = 1)."""
+    width: int
+    depth: int
+    density: int
+    gpt2_init: int  # GPT-2's 1/sqrt(2 n_layer) on the init of the residual projections
+    alpha: float
+
+
+PARAMETERIZATIONS = {
+    #                       width depth density gpt2_init alpha
+    'gpt2':            Sees(0,    0,    0,      1,        1.0),  # nanoGPT, for comparison with it
+    'sp':              Sees(0,    0,    0,      0,        1.0),  # standard parameterization, column SP of Table 1
+    'mup':             Sees(1,    0,    0,      0,        1.0),  # arXiv:2203.03466
+    'depth_mup':       Sees(1,    1,    0,      0,        0.5),  # arXiv:2505.01618 with alpha = 1/2
+    'completep':       Sees(1,    1,    0,      0,        1.0),  # arXiv:2505.01618
+    'supar':           Sees(1,    0,    1,      0,        1.0),  # arXiv:2405.15743
+    'completep_supar': Sees(1,    1,    1,      0,        1.0),  # our own combination: both rules multiplied
+}
+
+
+class Rule(NamedTuple):
+    """Factors on the base hyperparameters for one role; None where the role has no tensor to apply it to."""
+    init_std: float | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    eps: float | None = None
+    forward: float = 1.0
+
+
+def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init):
+    """The factor on every base hyperparameter, by role, for AdamW: Table 1 of arXiv:2505.01618 in its v4 form.
+
+    rho enters init and learning rate as in arXiv:2405.15743. That it enters weight decay too, so that a hidden
+    weight's lr * weight_decay moves with neither width nor density, is our derivation. The paper scales Q K^T by
+    1/n_embd and its code by 1/head_dim; ours is 1/sqrt(head_dim) at the base and falls as 1/head_dim from there, so
+    that every parameterization is the same model at the base shape (see test_base_equivalence).
+    """
+    fan_in = m_N * rho            # how many more inputs a hidden unit sums over than in the base model
+    branch = m_L ** -alpha        # multiplier on every residual branch
+    depth = m_L ** (alpha - 1)    # the lr factor that goes with it: branch * depth = 1 / m_L for every alpha
+    return {
+        # role                    init_std                   lr              weight_decay  eps           forward
+        'embedding':         Rule(1.0,                       1.0,            1.0,          1 / m_N,      1.0),
+        'block_norm':        Rule(0.0,                       depth,          0.0,          branch / m_N, 1.0),
+        'hidden_weight':     Rule(fan_in ** -0.5,            depth / fan_in, fan_in,       branch / m_N, 1.0),
+        'residual_proj':     Rule(gpt2_init * fan_in ** -0.5, depth / fan_in, fan_in,      branch / m_N, 1.0),
+        'hidden_bias':       Rule(0.0,                       depth,          0.0,          branch / m_N, 1.0),
+        'final_norm':        Rule(0.0,                       1.0,            0.0,          1 / m_N,      1.0),
+        'unembedding':       Rule(1.0,                       1.0,            1.0,          1 / m_N,      1 / m_N),
+        # multipliers without a tensor of their own
+        'residual_branch':   Rule(forward=branch),
+        'attention_logits':  Rule(forward=m_D ** -0.5),      # on top of 1/sqrt(head_dim)
+    }
+
+
+ROLES = {  # every parameter's full name must match exactly one pattern
+    'embedding':     r'transformer\.(wte|wpe)\.weight',
+    'block_norm':    r'transformer\.h\.\d+\.ln_[12]\.(weight|bias)',
+    'hidden_weight': r'transformer\.h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight',
+    'residual_proj': r'transformer\.h\.\d+\.(attn|mlp)\.c_proj\.weight',
+    'hidden_bias':   r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias',
+    'final_norm':    r'transformer\.ln_f\.(weight|bias)',
+    'unembedding':   r'lm_head\.weight',
+}
+
+
+def role_of(name):
+    """Role of the parameter called `name`. Raises ValueError unless exactly one pattern in ROLES matches."""
+    roles = [role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)]
+    if len(roles) != 1:
+        raise ValueError(f"parameter '{name}' matches {len(roles)} roles {roles}, must match exactly one: edit ROLES")
+    return roles[0]
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024         # longest context, tokens
+    vocab_size: int = 50304        # rows of the (un)embedding; GPT-2's 50257 padded to a multiple of 64
+    real_vocab_size: int = 0       # ids from here up are padding and never sampled; 0: none is
+    n_layer: int = 12
+    n_embd: int = 768
+    head_dim: int = 64             # n_head = n_embd / head_dim; keep it fixed while n_embd grows
+    dropout: float = 0.0
+    bias: bool = True              # in Linears and LayerNorms, as in GPT-2
+    tie_weights: bool = False      # one tensor for wte and lm_head; it then follows the rule of the embedding
+    # base hyperparameters, to be tuned at the base shape (with the learning rate, weight decay and eps)
+    init_std: float = 0.02
+    input_mult: float = 1.0        # on the embedding
+    attn_mult: float = 1.0         # on the attention logits
+    output_mult: float = 1.0       # on the logits
+    # how they follow the shape
+    parameterization: str = 'completep'
+    alpha: float = 0.0             # depth exponent in [0.5, 1]; 0: the parameterization's own
+    base_n_layer: int = 2          # the shape at which the hyperparameters were tuned
+    base_n_embd: int = 256
+    base_head_dim: int = 64
+    density: float = 1.0           # of attention and MLP weights, in (0, 1]
+    mask_seed: int = 1             # draws the sparsity masks; nothing else does
+
+    def __post_init__(self):
+        """Raises ValueError with what was given, what is allowed and what to do."""
+        def require(ok, name, allowed):
+            if not ok:
+                raise ValueError(f'{name}={getattr(self, name)!r} is not allowed: {allowed}')
+        require(self.parameterization in PARAMETERIZATIONS, 'parameterization',
+                f"choose one of {', '.join(PARAMETERIZATIONS)}")
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd',
+                     'base_head_dim'):
+            require(getattr(self, name) >= 1, name, 'use an integer of at least 1')
+        require(self.n_embd % self.head_dim == 0, 'n_embd', f'use a multiple of head_dim={self.head_dim}')
+        require(0 <= self.real_vocab_size <= self.vocab_size, 'real_vocab_size', f'use 0..{self.vocab_size}')
+        require(0 <= self.dropout < 1, 'dropout', 'use a value in [0, 1)')
+        require(0 < self.density <= 1, 'density', 'use a value in (0, 1]; 1 is dense')
+        require(self.init_std >= 0, 'init_std', 'use a value of at least 0')
+        require(self.alpha == 0 or 0.5 <= self.alpha <= 1, 'alpha',
+                "use a value in [0.5, 1], or 0 for the parameterization's own")
+        deep = [name for name, sees in PARAMETERIZATIONS.items() if sees.depth]
+        require(self.alpha == 0 or self.parameterization in deep, 'alpha',
+                f"parameterization='{self.parameterization}' does not see depth, so alpha would do nothing; "
+                f"leave alpha out or use {', '.join(deep)}")
+
+    @property
+    def n_head(self):
+        return self.n_embd // self.head_dim
+
+    @property
+    def rules(self):
+        """Rule of every role at this shape: a parameterization is nothing but the exponents on the ratios."""
+        sees = PARAMETERIZATIONS[self.parameterization]
+        return scaling_rules(
+            m_N=(self.n_embd / self.base_n_embd) ** sees.width,
+            m_L=(self.n_layer / self.base_n_layer) ** sees.depth,
+            m_D=(self.head_dim / self.base_head_dim) ** sees.width,
+            rho=self.density ** sees.density,
+            alpha=self.alpha or sees.alpha,
+            gpt2_init=(2 * self.n_layer) ** (-0.5 * sees.gpt2_init),
+        )
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class SparseLinear(nn.Linear):
+    """Linear layer with a static random mask, a buffer, so that every checkpoint and every rank has the same one."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer('mask', torch.ones(out_features, in_features, dtype=torch.bool))
+
+    def forward(self, x):
+        # the weight is zero wherever the mask is; the product keeps its gradient, so its AdamW step, zero there too
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def hidden_linear(in_features, out_features, config):
+    Linear = SparseLinear if config.density < 1 else nn.Linear
+    return Linear(in_features, out_features, bias=config.bias)
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = hidden_linear(config.n_embd, 3 * config.n_embd, config)  # query, key and value in one
+        self.c_proj = hidden_linear(config.n_embd, config.n_embd, config)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.logit_mult = config.attn_mult * config.rules['attention_logits'].forward / math.sqrt(config.head_dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.logit_mult,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, H * D)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = hidden_linear(config.n_embd, 4 * config.n_embd, config)
+        self.gelu = nn.GELU(approximate='tanh')  # GPT-2's own; nanoGPT uses the erf form
+        self.c_proj = hidden_linear(4 * config.n_embd, config.n_embd, config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.branch_mult = config.rules['residual_branch'].forward
+
+    def forward(self, x):
+        x = x + self.branch_mult * self.attn(self.ln_1(x))
+        x = x + self.branch_mult * self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config, generator=None):
+        """A freshly initialised model; `generator` (CPU) draws the weights, the global one if None.
+
+        Under `torch.device('meta')` nothing is drawn: call to_empty() and init_weights() to fill it.
+        """
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.input_mult = config.input_mult * config.rules['embedding'].forward
+        self.output_mult = config.output_mult * config.rules['unembedding'].forward
+        self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """Draws every weight and every mask, in the order of their names: the only place that initialises."""
+        rules = self.config.rules
+        for name, p in self.named_parameters():
+            role = role_of(name)
+            if p.is_meta:
+                continue
+            if p.dim() == 1:  # norms start as the identity, biases at zero
+                p.fill_(1.0 if role.endswith('norm') and name.endswith('weight') else 0.0)
+            else:  # drawn on the CPU: the same values on every device
+                std = self.config.init_std * rules[role].init_std
+                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        mask_generator = torch.Generator().manual_seed(self.config.mask_seed)
+        for module in self.modules():
+            if isinstance(module, SparseLinear) and not module.mask.is_meta:
+                module.mask.copy_(torch.rand(module.mask.shape, generator=mask_generator) < self.config.density)
+                module.weight.mul_(module.mask)
+
+    def features(self, idx):
+        """Output of the final norm (B, T, C) for token ids (B, T). Raises ValueError if T > block_size."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f'sequence of {T} tokens is longer than block_size={self.config.block_size}: crop it')
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C) + (T, C)
+        x = self.transformer.drop(self.input_mult * x)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def unembed(self, x):
+        """Logits (..., V) of features (..., C); training and sampling both come through here."""
+        return self.lm_head(self.output_mult * x)
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, mean loss in nats per token).
+
+        Targets of -1 are left out of the mean.
+        """
+        logits = self.unembed(self.features(idx))
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, eps, device_type):
+        """AdamW with one parameter group per role; the arguments are base values.
+
+        A group holds its `role`, its own `lr`, `weight_decay` and `eps`, and `lr_scale` = lr / learning_rate for
+        schedules, which must multiply each group's lr instead of setting it.
+        """
+        groups, rules = {}, self.config.rules
+        for name, p in self.named_parameters():
+            role = role_of(name)
+            rule = rules[role]
+            group = groups.setdefault(role, dict(
+                params=[], role=role, lr_scale=rule.lr, lr=learning_rate * rule.lr,
+                weight_decay=weight_decay * rule.weight_decay, eps=eps * rule.eps))
+            group['params'].append(p)
+        return torch.optim.AdamW(groups.values(), lr=learning_rate, betas=betas, eps=eps,
+                                 fused=device_type in ('cuda', 'cpu'))
+
+    def describe(self, optimizer):
+        """The table of rules as it applies to this model and optimizer, a line per role, as text."""
+        c = self.config
+        row = '{:<17}{:>14}{:>11}{:>11}{:>13}{:>11}{:>11}{:>12}'.format
+        number = '{:.4g}'.format
+        lines = [row('role', 'parameters', 'init std', 'lr', 'weight decay', 'lr x wd', 'eps', 'forward x')]
+        groups = {group['role']: group for group in optimizer.param_groups}
+        forward = {'embedding': self.input_mult, 'unembedding': self.output_mult,
+                   'attention_logits': self.transformer.h[0].attn.logit_mult}
+        for role, rule in c.rules.items():
+            values = ['-'] * 6
+            if role in groups:
+                g = groups[role]
+                values = [f'{sum(p.numel() for p in g["params"]):,}', number(c.init_std * rule.init_std),
+                          number(g['lr']), number(g['weight_decay']), number(g['lr'] * g['weight_decay']),
+                          number(g['eps'])]
+            elif role in ROLES:
+                values[0] = '(tied)' if role == 'unembedding' and c.tie_weights else '0'
+            lines.append(row(role, *values, number(forward.get(role, rule.forward))))
+        return '\n'.join(lines)
+
+    def num_params(self):
+        """Number of parameters, embeddings and masked weights included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """FLOPs of one training token, forward and backward: 6 per weight in a product, plus attention
+        (arXiv:2204.02311, Appendix B). Masked weights count: they are multiplied all the same."""
+        c = self.config
+        looked_up = (0 if c.tie_weights else self.transformer.wte.weight.numel()) + self.transformer.wpe.weight.numel()
+        return 6 * (self.num_params() - looked_up) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Yields one new token (B, 1) after the other, continuing ids (B, T); temperature 0 takes the likeliest."""
+        for _ in range(max_new_tokens):
+            context = idx[:, -self.config.block_size:]
+            logits = self.unembed(self.features(context)[:, -1]).float()  # (B, V)
+            logits[:, self.config.real_vocab_size or self.config.vocab_size:] = -math.inf
+            if top_k:
+                smallest = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+                logits[logits < smallest] = -math.inf
+            if temperature == 0:
+                next_id = logits.argmax(dim=-1, keepdim=True)
+            else:
+                next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, next_id), dim=1)
+            yield next_id
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Token ids (B, T) -> (B, T + max_new_tokens). Call eval() first; `generator` lives on the model's device."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
+
+    @classmethod
+    def from_pretrained(cls, model_type, dropout=0.0, block_size=None):
+        """GPT-2 weights by name ('gpt2' .. 'gpt2-xl') or folder, through transformers; block_size crops the context."""
+        from transformers import GPT2LMHeadModel
+        hf = GPT2LMHeadModel.from_pretrained(model_type)
+        shape = dict(n_layer=hf.config.n_layer, n_embd=hf.config.n_embd, head_dim=hf.config.n_embd // hf.config.n_head)
+        config = GPTConfig(
+            block_size=block_size or hf.config.n_positions, vocab_size=hf.config.vocab_size, bias=True,
+            tie_weights=True, dropout=dropout, parameterization='gpt2', **shape,
+            **{f'base_{key}': value for key, value in shape.items()})
+        weights = {}
+        for name, value in hf.state_dict().items():
+            if re.search(r'(c_attn|c_proj|c_fc)\.weight$', name):
+                value = value.t()  # Conv1D stores (in, out), Linear (out, in)
+            if name == 'transformer.wpe.weight':
+                value = value[:config.block_size]
+            if not name.endswith(('attn.bias', 'attn.masked_bias')):  # causal masks that old versions save
+                weights[name] = value
+        model = cls(config)
+        model.load_state_dict(weights)
+        return model

@@ -1,0 +1,434 @@
+"""
+Train a GPT. Config files and flags apply from left to right; --help lists every key.
+
+    python train.py config/completep_small.py                               minutes on a laptop CPU
+    python train.py config/completep_small.py --n_layer=16 --out_dir=out/16 the same hyperparameters, twice the depth
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py  one machine with 8 GPUs
+    python train.py --out_dir=out/16 --init_from=resume                     go on where it stopped
+"""
+import json
+import math
+import os
+import runpy
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import metrics
+from configurator import UserError, configure, report
+from dataset import DATA_DIR, Dataset
+from hardware import peak_flops, pick_device, pick_dtype, why_not_compile
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig:
+    # the run
+    out_dir: str = 'out'                   # folder for all that the run writes
+    overwrite: bool = False                # True: start anew although out_dir holds checkpoints
+    init_from: str = 'scratch'             # scratch, resume (go on in out_dir), or GPT-2's weights: gpt2, gpt2-medium, ..
+    seed: int = 1337                       # weights, data order and dropout
+    # data
+    dataset: str = 'stdlib'                # a folder of data/, or any folder by its whole path
+    block_size: int = 256                  # context, tokens
+    batch_tokens: int = 16384              # tokens per optimizer step, over all devices and micro-batches
+    batch_size: int = 32                   # sequences per micro-batch and device; accumulation follows
+    # duration
+    max_iters: int = 1000                  # optimizer steps, unless tokens_per_param is set
+    tokens_per_param: float = 0.0          # duration in tokens per parameter; 0: max_iters counts
+    # model (see GPTConfig)
+    n_layer: int = 2
+    n_embd: int = 256
+    head_dim: int = 64                     # n_head = n_embd / head_dim
+    vocab_size: int = 0                    # 0: the dataset's
+    real_vocab_size: int = 0               # 0: the dataset's; ids from here up are never sampled
+    dropout: float = 0.0
+    bias: bool = True                      # in linear layers and norms
+    tie_weights: bool = False              # embedding and unembedding share one tensor
+    density: float = 1.0                   # fraction of attention and MLP weights that are not masked
+    mask_seed: int = 1
+    # parameterization and the shape at which the hyperparameters below were tuned
+    parameterization: str = 'completep'    # gpt2, sp, mup, depth_mup, completep, supar, completep_supar
+    alpha: float = 0.0                     # depth exponent in [0.5, 1]; 0: the parameterization's own
+    base_n_layer: int = 2
+    base_n_embd: int = 256
+    base_head_dim: int = 64
+    # base hyperparameters
+    init_std: float = 0.02
+    input_mult: float = 1.0                # on the embedding
+    attn_mult: float = 1.0                 # on the attention logits
+    output_mult: float = 1.0               # on the logits
+    learning_rate: float = 4e-3            # peak
+    weight_decay: float = 0.0              # PyTorch's: a step shrinks weights by lr * weight_decay
+    tau_ema: float = 0.0                   # > 0 sets weight_decay = 1 / (tau_ema * learning_rate * steps)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0                 # largest norm of the whole gradient; 0: no clipping
+    # schedule, a fraction of every learning rate
+    warmup_frac: float = 0.1               # of the steps, linear from zero
+    schedule: str = 'linear'               # linear, cosine or constant after the warm-up
+    final_lr_frac: float = 0.0             # where linear and cosine end
+    # evaluation, checkpoints and logs
+    eval_interval: int = 250               # steps between validations, each followed by a checkpoint
+    eval_tokens: int = 65536               # validation tokens, the same ones every time
+    eval_only: bool = False                # validate once and stop
+    always_save_checkpoint: bool = True    # False: only when the validation loss is the best so far
+    log_interval: int = 10                 # steps between rows of metrics.csv
+    sample_tokens: int = 0                 # length of a sample to print at the end
+    wandb_log: bool = False                # also log to Weights & Biases
+    wandb_project: str = 'nanoP'
+    wandb_run_name: str = ''               # '': out_dir
+    # machine
+    device: str = 'auto'                   # auto, cpu, cuda, cuda:1, mps
+    dtype: str = 'auto'                    # of the matrix products: auto, float32, bfloat16, float16
+    compile: bool = True                   # torch.compile where a compiler works
+
+    def __post_init__(self):
+        """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
+        at_least = dict(block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0, learning_rate=0,
+                        weight_decay=0, tau_ema=0, eps=0, grad_clip=0, eval_interval=1, eval_tokens=1, log_interval=1,
+                        sample_tokens=0, seed=0, vocab_size=0)
+        for key, least in at_least.items():
+            if not getattr(self, key) >= least:  # `not >=` refuses nan too
+                raise UserError(f'{key}={getattr(self, key)} is not allowed: use a value of at least {least}')
+        for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
+            value = getattr(self, key)
+            if not 0 <= value <= 1 or (key.startswith('beta') and value == 1):
+                raise UserError(f"{key}={value} is not allowed: use a value in [0, 1{')' if 'beta' in key else ']'}")
+        if self.schedule not in ('linear', 'cosine', 'constant'):
+            raise UserError(f"schedule='{self.schedule}' is not known: use linear, cosine or constant")
+        if self.tau_ema and self.weight_decay:
+            raise UserError(f'tau_ema={self.tau_ema} and weight_decay={self.weight_decay} both set the decay: '
+                            'leave one of them at 0')
+        if self.tau_ema and not self.learning_rate:
+            raise UserError('tau_ema needs a learning_rate above 0: weight_decay = 1 / (tau_ema * learning_rate * steps)')
+
+
+MODEL_KEYS = [field.name for field in fields(GPTConfig)]
+
+
+def lr_fraction(config, step, steps):
+    """Fraction of the peak learning rate at `step` of `steps`; the first step has some, unlike in nanoGPT's ancestor."""
+    warmup = round(config.warmup_frac * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    left = {'constant': 1.0, 'linear': 1 - progress, 'cosine': 0.5 * (1 + math.cos(math.pi * progress))}
+    floor = 0.0 if config.schedule == 'constant' else config.final_lr_frac
+    return floor + (1 - floor) * left[config.schedule]
+
+
+def split_batch(config, world_size):
+    """(sequences per step, sequences per step and device, micro-batches). Raises UserError for what does not divide."""
+    c = config
+    sequences, rest = divmod(c.batch_tokens, c.block_size)
+    if rest or not sequences:
+        raise UserError(f'batch_tokens={c.batch_tokens} is no multiple of block_size={c.block_size}: use '
+                        f'{max(1, sequences) * c.block_size} or {(sequences + 1) * c.block_size}')
+    if sequences % world_size:
+        raise UserError(f'batch_tokens={c.batch_tokens} is {sequences} sequences of {c.block_size}, which {world_size} '
+                        f'processes cannot share: use a multiple of {world_size * c.block_size}')
+    local = sequences // world_size
+    batch_size = min(c.batch_size, local)
+    if local % batch_size:
+        raise UserError(f'{local} sequences per step and process ({c.batch_tokens} tokens / {c.block_size} / {world_size} '
+                        f'processes) are no multiple of batch_size={c.batch_size}: use one of '
+                        f'{[n for n in range(1, local + 1) if local % n == 0]}')
+    return sequences, local, local // batch_size
+
+
+def open_dataset(name, rank):
+    """The dataset called `name`; the embedded one is prepared when it is missing. Raises UserError."""
+    if name == 'stdlib' and rank == 0 and not (DATA_DIR / name / 'meta.json').exists():
+        print('preparing data/stdlib, the source text of the Python standard library (once)')
+        runpy.run_path(str(DATA_DIR / name / 'prepare.py'))['prepare']()
+    if dist.is_initialized():
+        dist.barrier()
+    return Dataset(name)
+
+
+def build_model(config, data, saved):
+    """A new model, one that continues `saved`, or GPT-2. Raises UserError where the config does not fit."""
+    c = config
+    if c.init_from.startswith('gpt2'):
+        try:
+            model = GPT.from_pretrained(c.init_from, dropout=c.dropout, block_size=c.block_size)
+        except ImportError:
+            raise UserError(f"init_from='{c.init_from}' needs transformers: pip install transformers") from None
+        except OSError as error:
+            raise UserError(f"init_from='{c.init_from}': {str(error).splitlines()[0]}") from None
+    else:
+        shape = {key: getattr(c, key) for key in MODEL_KEYS}
+        shape['vocab_size'] = c.vocab_size or data.vocab_size
+        shape['real_vocab_size'] = c.real_vocab_size or min(data.real_vocab_size, shape['vocab_size'])
+        try:
+            model_config = GPTConfig(**shape)
+        except ValueError as error:
+            raise UserError(error) from None
+        if saved:
+            differ = [f'{key} was {value!r}, is {shape[key]!r}' for key, value in saved['model_config'].items()
+                      if shape[key] != value and key != 'dropout']
+            if differ:
+                raise UserError(f"cannot resume '{c.out_dir}' as another model: {'; '.join(differ)}")
+        model = GPT(model_config, torch.Generator().manual_seed(c.seed))
+        if saved:
+            model.load_state_dict(saved['model'])
+    if data.real_vocab_size > model.config.vocab_size:
+        raise UserError(f"dataset '{c.dataset}' has {data.real_vocab_size} ids, the model vocab_size="
+                        f'{model.config.vocab_size}: use vocab_size=0 for the dataset\'s own, or another dataset')
+    return model
+
+
+def print_sample(model, data, config, device):
+    """Prints sample_tokens tokens that continue a line break (or the end of a text, where the tokenizer has one)."""
+    tokenizer = data.tokenizer()
+    start = tokenizer.end_of_text
+    if start is None:
+        start = int(tokenizer.encode('\n')[0]) if '\n' in data.meta.get('chars', '\n') else 0
+    generator = torch.Generator(device).manual_seed(config.seed)
+    ids = model.generate(torch.tensor([[start]], device=device), config.sample_tokens, 0.8, 200, generator)
+    text = b''.join(tokenizer.token_bytes(token) for token in ids[0, 1:].tolist()).decode(errors='replace')
+    print(f'--- a sample of {config.sample_tokens} tokens\n{text}\n---')
+
+
+def train(config):
+    """Runs a training run and returns its summary, which out_dir/summary.json holds too.
+
+    A run that diverges returns normally, with diverged_at = the step that was not taken. Raises UserError.
+    """
+    c = config
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    main_process = rank == 0
+    say = print if main_process else (lambda *args: None)
+
+    # machine
+    device_name = c.device
+    if world_size > 1 and c.device in ('auto', 'cuda') and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device_name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
+    dtype = pick_dtype(c.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    sequences, local_sequences, accumulation = split_batch(c, world_size)
+    batch_size = local_sequences // accumulation
+
+    # data, model, optimizer
+    data = open_dataset(c.dataset, rank)
+    saved_path, saved = checkpoint.load(c.out_dir) if c.init_from == 'resume' else (None, None)
+    if not saved and checkpoint.find(c.out_dir) and not (c.overwrite or c.eval_only):
+        raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with it, another "
+                        '--out_dir, or --overwrite=True to lose them')
+    model = build_model(c, data, saved).to(device)
+    c = replace(c, **asdict(model.config))  # what was 0 for "the dataset's" or came with GPT-2 is known now
+    steps = c.max_iters
+    if c.tokens_per_param:
+        steps = max(1, round(c.tokens_per_param * model.num_params() / c.batch_tokens))
+    weight_decay = 1 / (c.tau_ema * c.learning_rate * steps) if c.tau_ema else c.weight_decay
+    optimizer = model.configure_optimizers(weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
+    first_step, best_val_loss = 0, math.inf
+    if saved:
+        first_step, best_val_loss = saved['step'], saved['best_val_loss']
+        # its moments, but this run's lr, weight decay, eps and betas
+        saved['optimizer']['param_groups'] = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict(saved['optimizer'])
+        scaler.load_state_dict(saved['scaler'])
+        changed = [f'{key} {saved["config"][key]} -> {value}' for key, value in asdict(c).items()
+                   if saved['config'].get(key, value) != value and key not in ('init_from', 'out_dir', 'overwrite')]
+        say(f"resuming {saved_path} at step {first_step}{', with ' if changed else ''}{', '.join(changed)}")
+    elif main_process:
+        for old in checkpoint.find(c.out_dir) if c.overwrite else []:
+            old.unlink()
+    if first_step > steps:
+        raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters")
+
+    say(f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '
+        f'{c.block_size} = {world_size} process(es) x {accumulation} micro-batch(es) x {batch_size}; '
+        f'{steps * c.batch_tokens:,} tokens on {device}, {str(dtype)[6:]}')
+    say(f'{c.parameterization}: {c.n_layer} layers x {c.n_embd}, density {c.density:g}; base {c.base_n_layer} x '
+        f'{c.base_n_embd}\n{model.describe(optimizer)}')
+    if c.compile:
+        reason = why_not_compile(device)
+        if reason:
+            say(f'running without torch.compile: {reason}')
+        else:
+            model.compile()
+    ddp_model = model
+    if world_size > 1:  # buffers are masks, which every rank has already
+        ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
+                                            broadcast_buffers=False)
+    peak = peak_flops(device)
+
+    def mean_over_ranks(value):
+        if world_size > 1:
+            dist.all_reduce(value)
+        return value / world_size
+
+    @torch.no_grad()
+    def evaluate():
+        """Mean loss over the fixed validation tokens, nats per token; every rank takes its share."""
+        starts = data.val_starts(c.eval_tokens, c.block_size)
+        total = torch.zeros((), device=device)
+        model.eval()
+        for i in range(rank * batch_size, len(starts), world_size * batch_size):
+            inputs, targets = data.batch('val', starts[i:i + batch_size], c.block_size, device)
+            with autocast:
+                total += model(inputs, targets)[1] * len(inputs)
+        model.train()
+        return mean_over_ranks(total).item() * world_size / len(starts)
+
+    log = wandb_run = None
+    if main_process:
+        try:
+            os.makedirs(c.out_dir, exist_ok=True)
+            log = metrics.Metrics(c.out_dir, first_step)
+            Path(c.out_dir, 'config.json').write_text(json.dumps(asdict(c), indent=1))
+        except OSError as error:
+            raise UserError(f"out_dir='{c.out_dir}' cannot be written: {error}") from None
+        if c.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError('wandb_log=True needs wandb: pip install wandb') from None
+            wandb_run = wandb.init(project=c.wandb_project, name=c.wandb_run_name or c.out_dir, config=asdict(c))
+    progress = tqdm(total=steps, initial=first_step, unit='step', disable=None if main_process else True,
+                    dynamic_ncols=True)
+    say_row = progress.write if main_process else say
+
+    # the loop: at step k the loss of batch k, and the validation loss, belong to the weights after k updates
+    val_loss, loss, diverged_at = math.inf, math.nan, None
+    train_s, timed_steps, started = 0.0, 0, time.perf_counter()
+    model.train()
+    for step in range(first_step, steps + 1):
+        row = dict(step=step, tokens=step * c.batch_tokens)
+        if step % c.eval_interval == 0 or step == steps or c.eval_only:
+            val_loss = evaluate()
+            row.update(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token)
+            improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+            say_row(f"step {step:>6} | val loss {val_loss:.4f} | {row['bits_per_byte']:.4f} bits per byte")
+            if main_process and step > first_step and (improved or c.always_save_checkpoint):
+                checkpoint.save(c.out_dir, dict(
+                    step=step, tokens=step * c.batch_tokens, best_val_loss=best_val_loss, model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=asdict(c),
+                    model_config=asdict(model.config), meta=data.meta))
+        if step == steps or c.eval_only:
+            if main_process:
+                log.write(row)
+            break
+
+        step_started = time.perf_counter()
+        fraction = lr_fraction(c, step, steps)
+        for group in optimizer.param_groups:
+            group['lr'] = c.learning_rate * group['lr_scale'] * fraction
+        # dropout's random state, like the data, is a function of (seed, step, rank): a resumed run has the same
+        torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))
+        starts = data.train_starts(c.seed, step, sequences, c.block_size)[rank * local_sequences:]
+        step_loss = torch.zeros((), device=device)
+        for micro in range(accumulation):
+            inputs, targets = data.batch('train', starts[micro * batch_size:(micro + 1) * batch_size], c.block_size,
+                                         device)
+            last = micro == accumulation - 1
+            with nullcontext() if last or world_size == 1 else ddp_model.no_sync():  # sum gradients over ranks once
+                with autocast:
+                    micro_loss = ddp_model(inputs, targets)[1] / accumulation
+                scaler.scale(micro_loss).backward()
+            step_loss += micro_loss.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        loss, grad_norm = torch.stack([mean_over_ranks(step_loss), grad_norm]).tolist()  # waits for the device
+        skipped_by_scaler = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)) and not skipped_by_scaler:
+            diverged_at = step
+            break
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        train_s += time.perf_counter() - step_started
+        timed_steps += 1
+        progress.update()
+        if step % c.log_interval == 0:
+            tokens_per_s = timed_steps * c.batch_tokens / train_s
+            row.update(loss=loss, lr=c.learning_rate * fraction, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
+            train_s, timed_steps = 0.0, 0
+            progress.set_postfix(loss=f'{loss:.4f}')
+            if progress.disable:
+                mfu = f' | {model.flops_per_token() * tokens_per_s / world_size / peak:.1%} MFU' if peak else ''
+                say(f'step {step:>6}/{steps} | loss {loss:.4f} | lr {row["lr"]:.3e} | grad norm {grad_norm:.3f} | '
+                    f'{tokens_per_s:,.0f} tokens/s{mfu}')
+        if main_process and len(row) > 2:
+            log.write(row)
+            if wandb_run:
+                wandb_run.log(row, step=step)
+    progress.close()
+
+    summary = dict(
+        val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
+        last_train_loss=loss, steps=step, tokens=step * c.batch_tokens, params=model.num_params(),
+        weight_decay=weight_decay, seconds=time.perf_counter() - started, diverged_at=diverged_at,
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, dtype=str(dtype)[6:],
+        processes=world_size, torch=torch.__version__, config=asdict(c))
+    if diverged_at is not None:
+        summary.update(val_loss=math.inf, bits_per_byte=math.inf)
+        kept = checkpoint.find(c.out_dir)
+        say(f'loss {loss} and gradient norm {grad_norm} at step {step}: stopped before the step was taken. '
+            f"{f'The last good checkpoint is {kept[0]}. ' if kept else 'There is no checkpoint yet. '}"
+            'Try a lower learning_rate, a longer warmup_frac, a smaller grad_clip, or dtype=float32.')
+    if main_process:
+        log.close()
+        Path(c.out_dir, 'summary.json').write_text(json.dumps(summary, indent=1))
+        if c.sample_tokens and diverged_at is None:
+            print_sample(model.eval(), data, c, device)
+        title = f'{c.parameterization}, {c.n_layer} layers x {c.n_embd}, {model.num_params():,} parameters'
+        say(f"loss curve: {metrics.plot(c.out_dir, title)}; sample with: python sample.py --out_dir={c.out_dir}")
+        if wandb_run:
+            wandb_run.finish()
+    return summary
+
+
+def read_config(argv):
+    """TrainConfig from the command line; a resumed run starts from the config it was saved with. Raises UserError."""
+    overrides = configure(TrainConfig, argv)
+    saved = Path(overrides.get('out_dir', TrainConfig.out_dir), 'config.json')
+    if overrides.get('init_from') == 'resume' and saved.exists():
+        try:
+            known = json.loads(saved.read_text())
+        except ValueError as error:
+            raise UserError(f"'{saved}' is damaged ({error}): delete it and give the run's config again") from None
+        keys = {field.name for field in fields(TrainConfig)} - {'overwrite', 'eval_only'}
+        overrides = {**{key: value for key, value in known.items() if key in keys}, **overrides}
+    return TrainConfig(**overrides)
+
+
+def main():
+    code = 0
+    try:
+        config = read_config(sys.argv[1:])
+        if 'RANK' in os.environ:  # started by torchrun
+            dist.init_process_group('nccl' if torch.cuda.is_available() and config.device != 'cpu' else 'gloo')
+        if train(config)['diverged_at'] is not None:
+            code = 3
+    except UserError as error:
+        code = report(error)
+    except KeyboardInterrupt:
+        print('\nstopped; --init_from=resume goes on from the last checkpoint', file=sys.stderr)
+        code = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == '__main__':
+    main()
