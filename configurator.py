@@ -48,13 +48,13 @@ def check(key, value, types, where):
 
 def read_file(path, types):
     """Overrides from one config file. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"no file '{path}'; flags are written --key=value")
     folder = str(Path(path).resolve().parent)
     modules_before = set(sys.modules)
     sys.path.insert(0, folder)  # so that `from completep_small import *` works in a file beside it
     try:
         names = runpy.run_path(path)
-    except FileNotFoundError as error:
-        raise UserError(f"no file '{error.filename}'; flags are written --key=value") from None
     except SyntaxError as error:
         raise UserError(f'{path}, line {error.lineno}: {error.msg}') from None
     except Exception as error:

@@ -1,8 +1,8 @@
 """
 A dataset is a folder of token ids, train.bin and val.bin, and meta.json that says what they are.
 
-write_dataset.py writes such folders; here they are checked and read. Tokenizers are known by name: 'byte', 'char' or any
-encoding of tiktoken.
+write_dataset.py writes such folders; here they are checked and read. Tokenizers are known by name: 'byte', 'char' or
+any encoding of tiktoken.
 """
 import json
 from pathlib import Path
@@ -36,6 +36,11 @@ class CharTokenizer:
     def __init__(self, chars):
         self.chars, self.vocab_size = chars, len(chars)
         self.codes = np.array([ord(char) for char in chars], dtype=np.uint32)
+
+    @classmethod
+    def of(cls, text):
+        """The tokenizer of the characters that occur in `text`, any iterable of characters."""
+        return cls(''.join(sorted(set(text))))
 
     def encode(self, text):
         """Raises UserError for a character that is not in the vocabulary."""
@@ -85,6 +90,15 @@ def get_tokenizer(name, chars=None):
     if name == 'byte':
         return ByteTokenizer()
     return CharTokenizer(chars) if name == 'char' else TiktokenTokenizer(name)
+
+
+def prompt_ids(tokenizer, text=''):
+    """Ids of a prompt; an empty one starts a new text: with an end of text, else a line break, else any character."""
+    if text:
+        return tokenizer.encode(text).tolist()
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    return tokenizer.encode('\n' if '\n' in getattr(tokenizer, 'chars', '\n') else tokenizer.chars[0]).tolist()
 
 
 # -----------------------------------------------------------------------------

@@ -1,9 +1,13 @@
 """
-metrics.csv: one row per logged step, and the plot of it.
+What a run reports: lines or a progress bar on the terminal, metrics.csv, loss.png and, if asked, Weights & Biases.
 """
 import csv
 import os
 from pathlib import Path
+
+from tqdm import tqdm
+
+from configurator import UserError
 
 FIELDS = ('step', 'tokens', 'loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'tokens_per_s')
 
@@ -18,9 +22,10 @@ def read(out_dir):
 
 
 class Metrics:
-    """Appends rows to metrics.csv; starting at `first_step` drops the rows from there on, which come again."""
+    """The rows of a run from `first_step` to `steps`; earlier rows in metrics.csv stay, later ones come again."""
 
-    def __init__(self, out_dir, first_step):
+    def __init__(self, out_dir, first_step, steps):
+        self.steps = steps
         path = Path(out_dir) / 'metrics.csv'
         kept = [row for row in read(out_dir) if int(row['step']) < first_step]
         temporary = Path(f'{path}.tmp')
@@ -31,13 +36,42 @@ class Metrics:
         os.replace(temporary, path)
         self.file = open(path, 'a', newline='')
         self.writer = csv.DictWriter(self.file, FIELDS, restval='')
+        self.wandb = None
+        self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True, disable=None)
 
-    def write(self, row):
+    def start_wandb(self, project, name, config):
+        """Raises UserError if wandb is not installed."""
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('wandb_log=True needs wandb: pip install wandb') from None
+        self.wandb = wandb.init(project=project, name=name, config=config)
+
+    def write(self, row, note=''):
+        """Adds a row, a dict of FIELDS; on a terminal the losses show in the bar, elsewhere in a line."""
         self.writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()})
         self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row['step'])
+        self.bar.update(row['step'] - self.bar.n)
+        if 'loss' in row:
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+        text = f"step {row['step']:>6}/{self.steps}"
+        if 'val_loss' in row:
+            text += f" | val loss {row['val_loss']:.4f} | {row['bits_per_byte']:.4f} bits per byte"
+        if 'loss' in row:
+            text += f" | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad norm {row['grad_norm']:.3f}" \
+                    f" | {row['tokens_per_s']:,.0f} tokens/s{note}"
+        if self.bar.disable:
+            print(text, flush=True)
+        elif 'val_loss' in row:
+            self.bar.write(text)
 
     def close(self):
+        self.bar.close()
         self.file.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def plot(out_dir, title):
@@ -45,7 +79,7 @@ def plot(out_dir, title):
     try:
         import matplotlib
     except ImportError:
-        return 'no plot: pip install matplotlib'
+        return 'none, matplotlib is missing: pip install matplotlib'
     matplotlib.use('Agg')
     from matplotlib import pyplot
     rows = read(out_dir)

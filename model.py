@@ -380,8 +380,8 @@ class GPT(nn.Module):
         hf = GPT2LMHeadModel.from_pretrained(model_type)
         shape = dict(n_layer=hf.config.n_layer, n_embd=hf.config.n_embd, head_dim=hf.config.n_embd // hf.config.n_head)
         config = GPTConfig(
-            block_size=block_size or hf.config.n_positions, vocab_size=hf.config.vocab_size, bias=True,
-            tie_weights=True, dropout=dropout, parameterization='gpt2', **shape,
+            block_size=block_size or hf.config.n_positions, vocab_size=hf.config.vocab_size,
+            real_vocab_size=hf.config.vocab_size, tie_weights=True, dropout=dropout, parameterization='gpt2', **shape,
             **{f'base_{key}': value for key, value in shape.items()})
         weights = {}
         for name, value in hf.state_dict().items():
@@ -389,7 +389,7 @@ class GPT(nn.Module):
                 value = value.t()  # Conv1D stores (in, out), Linear (out, in)
             if name == 'transformer.wpe.weight':
                 value = value[:config.block_size]
-            if not name.endswith(('attn.bias', 'attn.masked_bias')):  # causal masks that old versions save
+            if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks that old versions save
                 weights[name] = value
         model = cls(config)
         model.load_state_dict(weights)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import metrics
@@ -28,6 +27,7 @@ from configurator import UserError, configure, report
 from dataset import DATA_DIR, Dataset
 from hardware import peak_flops, pick_device, pick_dtype, why_not_compile
 from model import GPT, GPTConfig
+from sample import print_sample
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TrainConfig:
     # the run
     out_dir: str = 'out'                   # folder for all that the run writes
     overwrite: bool = False                # True: start anew although out_dir holds checkpoints
-    init_from: str = 'scratch'             # scratch, resume (go on in out_dir), or GPT-2's weights: gpt2, gpt2-medium, ..
+    init_from: str = 'scratch'             # scratch, resume (go on in out_dir), or GPT-2: gpt2, gpt2-medium, ..
     seed: int = 1337                       # weights, data order and dropout
     # data
     dataset: str = 'stdlib'                # a folder of data/, or any folder by its whole path
@@ -111,14 +111,14 @@ class TrainConfig:
             raise UserError(f'tau_ema={self.tau_ema} and weight_decay={self.weight_decay} both set the decay: '
                             'leave one of them at 0')
         if self.tau_ema and not self.learning_rate:
-            raise UserError('tau_ema needs a learning_rate above 0: weight_decay = 1 / (tau_ema * learning_rate * steps)')
+            raise UserError('tau_ema needs learning_rate > 0: weight_decay = 1 / (tau_ema * learning_rate * steps)')
 
 
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
 
 
 def lr_fraction(config, step, steps):
-    """Fraction of the peak learning rate at `step` of `steps`; the first step has some, unlike in nanoGPT's ancestor."""
+    """Fraction of the peak learning rate at `step` of `steps`; never zero."""
     warmup = round(config.warmup_frac * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -141,8 +141,8 @@ def split_batch(config, world_size):
     local = sequences // world_size
     batch_size = min(c.batch_size, local)
     if local % batch_size:
-        raise UserError(f'{local} sequences per step and process ({c.batch_tokens} tokens / {c.block_size} / {world_size} '
-                        f'processes) are no multiple of batch_size={c.batch_size}: use one of '
+        raise UserError(f'{local} sequences per step and process ({c.batch_tokens} tokens / {c.block_size} / '
+                        f'{world_size} processes) are no multiple of batch_size={c.batch_size}: use one of '
                         f'{[n for n in range(1, local + 1) if local % n == 0]}')
     return sequences, local, local // batch_size
 
@@ -189,20 +189,8 @@ def build_model(config, data, saved):
     return model
 
 
-def print_sample(model, data, config, device):
-    """Prints sample_tokens tokens that continue a line break (or the end of a text, where the tokenizer has one)."""
-    tokenizer = data.tokenizer()
-    start = tokenizer.end_of_text
-    if start is None:
-        start = int(tokenizer.encode('\n')[0]) if '\n' in data.meta.get('chars', '\n') else 0
-    generator = torch.Generator(device).manual_seed(config.seed)
-    ids = model.generate(torch.tensor([[start]], device=device), config.sample_tokens, 0.8, 200, generator)
-    text = b''.join(tokenizer.token_bytes(token) for token in ids[0, 1:].tolist()).decode(errors='replace')
-    print(f'--- a sample of {config.sample_tokens} tokens\n{text}\n---')
-
-
 def train(config):
-    """Runs a training run and returns its summary, which out_dir/summary.json holds too.
+    """Runs a training run and returns its summary, also written to out_dir/summary.json.
 
     A run that diverges returns normally, with diverged_at = the step that was not taken. Raises UserError.
     """
@@ -228,9 +216,9 @@ def train(config):
     # data, model, optimizer
     data = open_dataset(c.dataset, rank)
     saved_path, saved = checkpoint.load(c.out_dir) if c.init_from == 'resume' else (None, None)
-    if not saved and checkpoint.find(c.out_dir) and not (c.overwrite or c.eval_only):
-        raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with it, another "
-                        '--out_dir, or --overwrite=True to lose them')
+    if not saved and checkpoint.find(c.out_dir) and not c.overwrite:
+        raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with it, "
+                        'another --out_dir, or --overwrite=True to lose them')
     model = build_model(c, data, saved).to(device)
     c = replace(c, **asdict(model.config))  # what was 0 for "the dataset's" or came with GPT-2 is known now
     steps = c.max_iters
@@ -271,10 +259,10 @@ def train(config):
                                             broadcast_buffers=False)
     peak = peak_flops(device)
 
-    def mean_over_ranks(value):
+    def sum_over_ranks(value):
         if world_size > 1:
             dist.all_reduce(value)
-        return value / world_size
+        return value
 
     @torch.no_grad()
     def evaluate():
@@ -287,25 +275,18 @@ def train(config):
             with autocast:
                 total += model(inputs, targets)[1] * len(inputs)
         model.train()
-        return mean_over_ranks(total).item() * world_size / len(starts)
+        return sum_over_ranks(total).item() / len(starts)
 
-    log = wandb_run = None
+    log = None
     if main_process:
         try:
             os.makedirs(c.out_dir, exist_ok=True)
-            log = metrics.Metrics(c.out_dir, first_step)
             Path(c.out_dir, 'config.json').write_text(json.dumps(asdict(c), indent=1))
+            log = metrics.Metrics(c.out_dir, first_step, steps)
         except OSError as error:
             raise UserError(f"out_dir='{c.out_dir}' cannot be written: {error}") from None
         if c.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError('wandb_log=True needs wandb: pip install wandb') from None
-            wandb_run = wandb.init(project=c.wandb_project, name=c.wandb_run_name or c.out_dir, config=asdict(c))
-    progress = tqdm(total=steps, initial=first_step, unit='step', disable=None if main_process else True,
-                    dynamic_ncols=True)
-    say_row = progress.write if main_process else say
+            log.start_wandb(c.wandb_project, c.wandb_run_name or c.out_dir, asdict(c))
 
     # the loop: at step k the loss of batch k, and the validation loss, belong to the weights after k updates
     val_loss, loss, diverged_at = math.inf, math.nan, None
@@ -317,7 +298,6 @@ def train(config):
             val_loss = evaluate()
             row.update(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token)
             improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            say_row(f"step {step:>6} | val loss {val_loss:.4f} | {row['bits_per_byte']:.4f} bits per byte")
             if main_process and step > first_step and (improved or c.always_save_checkpoint):
                 checkpoint.save(c.out_dir, dict(
                     step=step, tokens=step * c.batch_tokens, best_val_loss=best_val_loss, model=model.state_dict(),
@@ -347,7 +327,8 @@ def train(config):
             step_loss += micro_loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        loss, grad_norm = torch.stack([mean_over_ranks(step_loss), grad_norm]).tolist()  # waits for the device
+        step_loss = sum_over_ranks(step_loss) / world_size
+        loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # waits for the device
         skipped_by_scaler = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) and not skipped_by_scaler:
             diverged_at = step
@@ -358,21 +339,15 @@ def train(config):
 
         train_s += time.perf_counter() - step_started
         timed_steps += 1
-        progress.update()
+        note = ''
         if step % c.log_interval == 0:
             tokens_per_s = timed_steps * c.batch_tokens / train_s
             row.update(loss=loss, lr=c.learning_rate * fraction, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
             train_s, timed_steps = 0.0, 0
-            progress.set_postfix(loss=f'{loss:.4f}')
-            if progress.disable:
-                mfu = f' | {model.flops_per_token() * tokens_per_s / world_size / peak:.1%} MFU' if peak else ''
-                say(f'step {step:>6}/{steps} | loss {loss:.4f} | lr {row["lr"]:.3e} | grad norm {grad_norm:.3f} | '
-                    f'{tokens_per_s:,.0f} tokens/s{mfu}')
+            if peak:
+                note = f' | {model.flops_per_token() * tokens_per_s / world_size / peak:.1%} MFU'
         if main_process and len(row) > 2:
-            log.write(row)
-            if wandb_run:
-                wandb_run.log(row, step=step)
-    progress.close()
+            log.write(row, note)
 
     summary = dict(
         val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
@@ -388,13 +363,14 @@ def train(config):
             'Try a lower learning_rate, a longer warmup_frac, a smaller grad_clip, or dtype=float32.')
     if main_process:
         log.close()
-        Path(c.out_dir, 'summary.json').write_text(json.dumps(summary, indent=1))
-        if c.sample_tokens and diverged_at is None:
-            print_sample(model.eval(), data, c, device)
+        finite = {key: None if value in (math.inf, -math.inf) or value != value else value
+                  for key, value in summary.items()}  # JSON has neither infinity nor nan
+        Path(c.out_dir, 'summary.json').write_text(json.dumps(finite, indent=1))
         title = f'{c.parameterization}, {c.n_layer} layers x {c.n_embd}, {model.num_params():,} parameters'
-        say(f"loss curve: {metrics.plot(c.out_dir, title)}; sample with: python sample.py --out_dir={c.out_dir}")
-        if wandb_run:
-            wandb_run.finish()
+        say(f'loss curve: {metrics.plot(c.out_dir, title)}')
+        if c.sample_tokens and diverged_at is None:
+            say(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
+            print_sample(model.eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)
     return summary
 
 

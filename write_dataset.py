@@ -139,16 +139,14 @@ def commit(folder, paths, tokenizer, source, sha256):
     if tokenizer.name == 'char':
         meta['chars'] = tokenizer.chars
     meta_path = Path(folder) / 'meta.json'
-    meta_path.unlink(missing_ok=True)  # from here until the last line there is no dataset, never half of one
-    for split, path in paths.items():
+    temporary = meta_path.with_suffix(f'.tmp.{os.getpid()}')
+    temporary.write_text(json.dumps(meta, indent=1))
+    for path in (*paths.values(), temporary):
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
+    meta_path.unlink(missing_ok=True)  # from here until the last line there is no dataset, never half of one
+    for split, path in paths.items():
         os.replace(path, Path(folder) / f'{split}.bin')
-    temporary = meta_path.with_suffix(f'.tmp.{os.getpid()}')
-    with open(temporary, 'w') as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(temporary, meta_path)
     print(f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, tokenizer "
           f"{tokenizer.name} with {real:,} ids, {meta['bytes_per_token']:.3f} bytes per token")

@@ -3,9 +3,11 @@ OpenWebText in GPT-2's tokens: 8,013,769 documents, about 9 billion tokens, nano
 
     python data/openwebtext/prepare.py [--shards N] [--input 'FOLDER/*.parquet']
 
-Needs `pip install datasets` and a network, or local copies of the parquet files. Can be stopped and run again: finished
-shards are kept. --shards takes only the first N files. Disk (computed from token counts, not measured): the download is about 24 GB, streamed and not kept; 36 GB while the shards are joined, 18 GB after.
-Memory: a few pieces of text per worker, measured in LOG.md. Time: not measured.
+Disk: 36 GB while the shards are joined, 18 GB after; the download, about 24 GB, is streamed and not kept (computed
+from the token count, not measured). Memory: a few pieces of text for each worker. Time: not measured.
+
+Needs `pip install datasets` and a network, or local copies of the parquet files. It can be stopped and run again:
+finished shards are kept. --shards takes only the first N files.
 """
 import sys
 from pathlib import Path
@@ -15,5 +17,5 @@ from configurator import exit_on_user_error  # noqa: E402
 from write_dataset import write_parquet  # noqa: E402
 
 if __name__ == '__main__':
-    exit_on_user_error(lambda: write_parquet(
-        Path(__file__).parent, 'Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c', 'plain_text/train-*.parquet'))
+    repo, revision = 'Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c'
+    exit_on_user_error(lambda: write_parquet(Path(__file__).parent, repo, revision, 'plain_text/train-*.parquet'))

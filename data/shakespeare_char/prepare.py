@@ -14,4 +14,4 @@ from dataset import CharTokenizer  # noqa: E402
 from write_dataset import write_shakespeare  # noqa: E402
 
 if __name__ == '__main__':
-    exit_on_user_error(lambda: write_shakespeare(Path(__file__).parent, lambda text: CharTokenizer(sorted(set(text)))))
+    exit_on_user_error(lambda: write_shakespeare(Path(__file__).parent, CharTokenizer.of))

@@ -3,9 +3,11 @@ SlimPajama, the corpus of the CompleteP paper, in GPT-2's tokens: the 10% sample
 
     python data/slimpajama/prepare.py [--shards N] [--input 'FOLDER/*.parquet']
 
-Needs `pip install datasets` and a network, or local copies of the parquet files. Can be stopped and run again: finished
-shards are kept. --shards takes only the first N files. Disk (computed from token counts, not measured): the download is about 14 GB, streamed and not kept; 24 GB while the shards are joined, 12 GB after.
-Memory: a few pieces of text per worker, measured in LOG.md. Time: not measured.
+Disk: 24 GB while the shards are joined, 12 GB after; the download, about 14 GB, is streamed and not kept (computed
+from the token count, not measured). Memory: a few pieces of text for each worker. Time: not measured.
+
+Needs `pip install datasets` and a network, or local copies of the parquet files. It can be stopped and run again:
+finished shards are kept. --shards takes only the first N files.
 """
 import sys
 from pathlib import Path
@@ -15,5 +17,5 @@ from configurator import exit_on_user_error  # noqa: E402
 from write_dataset import write_parquet  # noqa: E402
 
 if __name__ == '__main__':
-    exit_on_user_error(lambda: write_parquet(
-        Path(__file__).parent, 'DKYoon/SlimPajama-6B', 'b5f90f419b7489cdba26fdbc8c022fcb5562f968', 'data/train-*.parquet'))
+    repo, revision = 'DKYoon/SlimPajama-6B', 'b5f90f419b7489cdba26fdbc8c022fcb5562f968'
+    exit_on_user_error(lambda: write_parquet(Path(__file__).parent, repo, revision, 'data/train-*.parquet'))

@@ -5,9 +5,9 @@ Any local text as a dataset: files, folders and glob patterns of .txt, .md, .py,
     python data/text/prepare.py train.txt --val valid.txt --tokenizer=byte --out=data/mytext
     python train.py --dataset=mytext
 
-Files of other names are read as text if they are named themselves, and passed over in folders. Of .jsonl and .parquet the
-column 'text' is read (--column). Without --val the last --val_frac of the tokens are for validation. Memory does not grow
-with the input.
+Files of other names are read as text if they are named themselves, and passed over in folders. Of .jsonl and .parquet
+the column 'text' is read (--column). Without --val the last --val_frac of the tokens are for validation. Memory does
+not grow with the input.
 """
 import argparse
 import gzip
@@ -121,7 +121,7 @@ def prepare(argv=None):
         chars = set()
         for _, text, _ in all_documents():
             chars.update(text)
-        tokenizer = CharTokenizer(''.join(sorted(chars)))
+        tokenizer = CharTokenizer.of(chars)
     else:
         tokenizer = get_tokenizer(args.tokenizer)
     packed = ('.gz', '.parquet')  # their size says little about the text inside

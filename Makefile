@@ -1,0 +1,31 @@
+# make demo: train a small model and sample from it, in minutes on a laptop CPU
+# make test: ruff and pytest
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/completep_small
+FLAGS ?=
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.run
+	$(VENV)/bin/python data/stdlib/prepare.py
+	$(VENV)/bin/python train.py config/completep_small.py --out_dir=$(OUT) --overwrite=True $(FLAGS)
+	$(VENV)/bin/python sample.py --out_dir=$(OUT) --start='def ' --max_new_tokens=300
+	@echo "The loss curve is $(OUT)/loss.png, the figures are in $(OUT)/metrics.csv and $(OUT)/summary.json."
+
+test: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -q
+
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__

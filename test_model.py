@@ -1,0 +1,524 @@
+"""Tests of model.py: the rules against numbers typed by hand, against measurement, and against independent code."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
+
+TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_embd=32, head_dim=16,
+                 base_n_layer=2, base_n_embd=32, base_head_dim=16)
+SAME_AT_BASE = ['sp', 'mup', 'depth_mup', 'completep', 'supar', 'completep_supar']
+
+
+def make(config=TINY, seed=0, **changes):
+    return GPT(replace(config, **changes), torch.Generator().manual_seed(seed))
+
+
+def make_optimizer(model, weight_decay=0.1, learning_rate=1e-2, eps=1e-8):
+    return model.configure_optimizers(weight_decay, learning_rate, (0.9, 0.95), eps, 'cpu')
+
+
+def batch(config=TINY, B=4, seed=0):
+    ids = torch.randint(config.vocab_size, (B, config.block_size + 1), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train_steps(model, optimizer, steps, config=TINY):
+    losses = []
+    for step in range(steps):
+        loss = model(*batch(config, seed=step))[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+# m_N = 4, m_L = 8, rho = 1/4, typed by hand from the papers' tables: (init std, lr, weight decay, eps) by role,
+# then the multipliers of the residual branch and of the logits
+PLAIN = dict(embedding=(1, 1, 1, 1), block_norm=(0, 1, 0, 1), hidden_weight=(1, 1, 1, 1), residual_proj=(1, 1, 1, 1),
+             hidden_bias=(0, 1, 0, 1), final_norm=(0, 1, 0, 1), unembedding=(1, 1, 1, 1))
+GOLDEN = {
+    'sp': (PLAIN, 1, 1),
+    'gpt2': ({**PLAIN, 'residual_proj': (0.17677669529663687, 1, 1, 1)}, 1, 1),  # 1/sqrt(2 * 16 layers)
+    'mup': (dict(
+        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.25), hidden_weight=(0.5, 0.25, 4, 0.25),
+        residual_proj=(0.5, 0.25, 4, 0.25), hidden_bias=(0, 1, 0, 0.25), final_norm=(0, 1, 0, 0.25),
+        unembedding=(1, 1, 1, 0.25)), 1, 0.25),
+    'depth_mup': (dict(
+        embedding=(1, 1, 1, 0.25), block_norm=(0, 0.35355339059327373, 0, 0.08838834764831843),
+        hidden_weight=(0.5, 0.08838834764831843, 4, 0.08838834764831843),
+        residual_proj=(0.5, 0.08838834764831843, 4, 0.08838834764831843),
+        hidden_bias=(0, 0.35355339059327373, 0, 0.08838834764831843), final_norm=(0, 1, 0, 0.25),
+        unembedding=(1, 1, 1, 0.25)), 0.35355339059327373, 0.25),
+    'completep': (dict(
+        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.03125), hidden_weight=(0.5, 0.25, 4, 0.03125),
+        residual_proj=(0.5, 0.25, 4, 0.03125), hidden_bias=(0, 1, 0, 0.03125), final_norm=(0, 1, 0, 0.25),
+        unembedding=(1, 1, 1, 0.25)), 0.125, 0.25),
+    'supar': (dict(  # m_N * rho = 1
+        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.25), hidden_weight=(1, 1, 1, 0.25),
+        residual_proj=(1, 1, 1, 0.25), hidden_bias=(0, 1, 0, 0.25), final_norm=(0, 1, 0, 0.25),
+        unembedding=(1, 1, 1, 0.25)), 1, 0.25),
+    'completep_supar': (dict(
+        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.03125), hidden_weight=(1, 1, 1, 0.03125),
+        residual_proj=(1, 1, 1, 0.03125), hidden_bias=(0, 1, 0, 0.03125), final_norm=(0, 1, 0, 0.25),
+        unembedding=(1, 1, 1, 0.25)), 0.125, 0.25),
+}
+BIG = replace(TINY, n_layer=16, n_embd=128, density=0.25)
+
+
+@pytest.mark.parametrize('name', PARAMETERIZATIONS)
+def test_golden_multipliers(name):
+    rules = replace(BIG, parameterization=name).rules
+    by_role, branch, logits = GOLDEN[name]
+    for role, expected in by_role.items():
+        assert rules[role][:4] == pytest.approx(expected, rel=1e-12), role
+    assert rules['residual_branch'].forward == pytest.approx(branch, rel=1e-12)
+    assert rules['unembedding'].forward == pytest.approx(logits, rel=1e-12)
+    assert rules['embedding'].forward == 1
+
+
+def test_golden_multipliers_elsewhere():
+    rules = replace(TINY, n_layer=16, n_embd=128, parameterization='completep', alpha=0.75).rules
+    assert rules['residual_branch'].forward == pytest.approx(0.21022410381342863, rel=1e-12)
+    assert rules['hidden_weight'].lr == pytest.approx(0.14865088937534013, rel=1e-12)
+    assert rules['block_norm'].lr == pytest.approx(0.5946035575013605, rel=1e-12)
+    assert rules['hidden_bias'].eps == pytest.approx(0.05255602595335716, rel=1e-12)
+    rules = replace(TINY, density=0.125, parameterization='supar').rules  # width and depth of the base
+    assert rules['hidden_weight'].lr == pytest.approx(8, rel=1e-12)
+    assert rules['hidden_weight'].init_std == pytest.approx(2.8284271247461903, rel=1e-12)
+    assert rules['hidden_weight'].weight_decay == pytest.approx(0.125, rel=1e-12)
+    rules = replace(TINY, n_embd=16, n_layer=1, parameterization='completep').rules  # smaller than the base
+    assert rules['hidden_weight'][:4] == pytest.approx((2 ** 0.5, 2, 0.5, 4), rel=1e-12)
+    assert rules['residual_branch'].forward == 2
+
+
+@pytest.mark.parametrize('alpha', [0.5, 0.6, 0.75, 1.0])
+def test_identities_of_the_table(alpha):
+    config = replace(TINY, parameterization='completep', alpha=alpha)
+    one_hop = replace(config, n_layer=16, n_embd=128).rules
+    wide, deep = replace(config, n_embd=128).rules, replace(config, n_layer=16).rules
+    for role in ROLES:  # factors of width and depth multiply
+        for both, w, d in zip(one_hop[role], wide[role], deep[role], strict=True):
+            assert both == pytest.approx(w * d, rel=1e-12)
+    assert deep['residual_branch'].forward * deep['hidden_weight'].lr == pytest.approx(1 / 8, rel=1e-12)
+    assert wide['hidden_weight'].lr * wide['hidden_weight'].weight_decay == pytest.approx(1, rel=1e-12)
+    if alpha == 1:
+        assert all(deep[role].lr == 1 for role in ROLES)
+
+
+def test_attention_scale_is_relative_to_the_base():
+    def scale(name, head_dim):
+        return make(parameterization=name, head_dim=head_dim, n_embd=64).transformer.h[0].attn.logit_mult
+    for name in PARAMETERIZATIONS:
+        assert scale(name, 16) == 0.25  # 1/sqrt(16) at the base head_dim, whatever the width
+    assert scale('sp', 64) == scale('gpt2', 64) == 0.125  # 1/sqrt(64)
+    assert scale('completep', 64) == scale('mup', 64) == 0.0625  # 1/4 * 16/64
+    assert make(attn_mult=3.0).transformer.h[0].attn.logit_mult == 0.75
+
+
+# -----------------------------------------------------------------------------
+# Roles
+
+
+@pytest.mark.parametrize('tie_weights', [False, True])
+def test_every_parameter_has_one_role_and_every_role_parameters(tie_weights):
+    model = make(tie_weights=tie_weights)
+    roles = {role_of(name) for name, _ in model.named_parameters()}
+    assert roles == set(ROLES) - ({'unembedding'} if tie_weights else set())
+    groups = make_optimizer(model).param_groups
+    grouped = [id(p) for group in groups for p in group['params']]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())  # complete, and no tensor twice
+    assert len({group['role'] for group in groups}) == len(groups)
+
+
+def test_a_parameter_without_exactly_one_role_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="'transformer.h.0.attn.c_new.weight' matches 0 roles"):
+        role_of('transformer.h.0.attn.c_new.weight')
+    monkeypatch.setitem(ROLES, 'greedy', r'lm_head.*')
+    with pytest.raises(ValueError, match="'lm_head.weight' matches 2 roles"):
+        make()
+
+
+# -----------------------------------------------------------------------------
+# Base equivalence
+
+
+@pytest.mark.parametrize('tie_weights', [False, True])
+def test_base_equivalence(tie_weights):
+    def run(name):
+        model = make(parameterization=name, tie_weights=tie_weights, input_mult=1.5, output_mult=2.0)
+        optimizer = make_optimizer(model)
+        groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+        logits = model(batch()[0])[0]
+        return model.state_dict(), logits, groups, train_steps(model, optimizer, 10), model.state_dict()
+    reference = run('sp')
+    for name in SAME_AT_BASE[1:]:
+        init, logits, groups, losses, trained = run(name)
+        assert groups == reference[2], name
+        assert torch.equal(logits, reference[1]), name
+        assert losses == reference[3], name
+        for state, expected in ((init, reference[0]), (trained, reference[4])):
+            assert all(torch.equal(state[key], expected[key]) for key in expected), name
+    assert run('gpt2')[3] != reference[3]  # the comparison can fail: gpt2 has another init
+
+
+def test_parameterizations_differ_away_from_the_base():
+    shape = dict(n_embd=64, n_layer=4, density=0.5)
+    losses = {name: tuple(train_steps(m := make(parameterization=name, **shape), make_optimizer(m), 3))
+              for name in PARAMETERIZATIONS}
+    assert len(set(losses.values())) == len(PARAMETERIZATIONS)
+
+
+# -----------------------------------------------------------------------------
+# Init and optimizer, measured
+
+
+@pytest.mark.parametrize('name', PARAMETERIZATIONS)
+def test_measured_init_std(name):
+    model = make(n_layer=4, n_embd=128, vocab_size=256, block_size=64, density=0.25, parameterization=name)
+    rules = model.config.rules
+    for key, p in model.named_parameters():
+        role = role_of(key)
+        if p.dim() == 2:
+            values = p[p != 0]  # what is not masked
+            expected = 0.02 * rules[role].init_std
+            assert values.std().item() == pytest.approx(expected, rel=0.05), key
+            assert abs(values.mean().item()) < 0.1 * expected, key
+        else:
+            assert torch.equal(p, torch.ones_like(p) if role.endswith('norm') and 'weight' in key else
+                               torch.zeros_like(p)), key
+    gpt2 = math.sqrt(8) if name == 'gpt2' else 1
+    assert rules['residual_proj'].init_std == pytest.approx(rules['hidden_weight'].init_std / gpt2)
+
+
+def test_exact_hyperparameters_per_tensor():
+    """m_N = 4, m_L = 4, rho = 1/2 through the real optimizer, from lr 0.01, weight decay 0.1, eps 1e-8."""
+    model = make(n_layer=8, n_embd=128, density=0.5, parameterization='completep_supar')
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group['lr'], group['weight_decay'], group['eps'])
+             for group in make_optimizer(model).param_groups for p in group['params']}
+    expected = {
+        'transformer.wte.weight': (0.01, 0.1, 2.5e-9), 'transformer.wpe.weight': (0.01, 0.1, 2.5e-9),
+        'transformer.ln_f.weight': (0.01, 0, 2.5e-9), 'transformer.ln_f.bias': (0.01, 0, 2.5e-9),
+        'lm_head.weight': (0.01, 0.1, 2.5e-9)}
+    for layer in range(8):
+        for part in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'):
+            expected[f'transformer.h.{layer}.{part}.weight'] = (0.005, 0.2, 6.25e-10)
+            expected[f'transformer.h.{layer}.{part}.bias'] = (0.01, 0, 6.25e-10)
+        for part in ('ln_1', 'ln_2'):
+            for kind in ('weight', 'bias'):
+                expected[f'transformer.h.{layer}.{part}.{kind}'] = (0.01, 0, 6.25e-10)
+    assert set(found) == set(expected)
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=1e-12), name
+    for group in make_optimizer(model).param_groups:
+        assert group['lr'] == pytest.approx(0.01 * group['lr_scale'], rel=1e-12)
+
+
+def test_describe_shows_what_the_optimizer_has():
+    model = make(n_layer=8, n_embd=128, parameterization='completep')
+    lines = model.describe(make_optimizer(model)).splitlines()
+    row = next(line for line in lines if line.startswith('hidden_weight')).split()
+    assert row == ['hidden_weight', f'{8 * 7 * 128 * 128:,}', '0.01', '0.0025', '0.4', '0.001', '6.25e-10', '1']
+    assert len(lines) == 1 + len(model.config.rules)
+    assert next(line for line in lines if line.startswith('residual_branch')).split()[-1] == '0.25'
+
+
+def gradient_rms(**shape):
+    """RMS of the gradient at init by role, over three seeds."""
+    total = {}
+    for seed in range(3):
+        model = make(seed=seed, vocab_size=256, block_size=64, **shape)
+        model(*batch(model.config, B=8, seed=seed))[1].backward()
+        for name, p in model.named_parameters():
+            if not (name.endswith('c_attn.bias')):  # a key's bias has no gradient: softmax does not see it
+                total.setdefault(role_of(name), []).append(p.grad.square().mean())
+    return {role: torch.stack(values).mean().sqrt().item() for role, values in total.items()}
+
+
+def slope(sizes, values):
+    """Least-squares slope of log value over log size."""
+    x = torch.tensor(sizes).double().log()
+    y = torch.tensor(values).double().log()
+    return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
+
+
+def test_gradient_falls_as_eps_does_with_width():
+    sizes = [64, 128, 256, 512]
+    runs = [gradient_rms(n_embd=n, n_layer=2, base_n_embd=64, base_head_dim=16, parameterization='completep')
+            for n in sizes]
+    for role in ROLES:
+        assert slope(sizes, [run[role] for run in runs]) == pytest.approx(-1, abs=0.15), role
+    blind = [gradient_rms(n_embd=n, n_layer=2, parameterization='sp') for n in sizes[:3]]
+    assert abs(slope(sizes[:3], [run['unembedding'] for run in blind])) < 0.15  # the control does not fall
+
+
+@pytest.mark.parametrize('name, inside, tolerance', [('completep', -1, 0.25), ('depth_mup', -0.5, 0.15)])
+def test_gradient_falls_as_eps_does_with_depth(name, inside, tolerance):
+    sizes = [2, 4, 8, 16]
+    runs = [gradient_rms(n_embd=64, n_layer=n, parameterization=name) for n in sizes]
+    for role in ROLES:
+        expected, within = (0, 0.15) if role in ('embedding', 'final_norm', 'unembedding') else (inside, tolerance)
+        assert slope(sizes, [run[role] for run in runs]) == pytest.approx(expected, abs=within), role
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.5])
+def test_first_step_moves_hidden_weights_by_their_learning_rate(alpha):
+    """AdamW's first step is about lr for every element: RMS 1/m_N with width and m_L^(alpha - 1) with depth."""
+    def moved(**shape):
+        model = make(parameterization='completep', alpha=alpha, **shape)
+        optimizer = make_optimizer(model, weight_decay=0.0, eps=1e-16)
+        before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+        train_steps(model, optimizer, 1)
+        return (model.transformer.h[0].mlp.c_fc.weight - before).square().mean().sqrt().item()
+    base = moved()
+    assert moved(n_embd=128) / base == pytest.approx(1 / 4, rel=0.02)
+    assert moved(n_layer=8) / base == pytest.approx(4 ** (alpha - 1), rel=0.02)
+
+
+# -----------------------------------------------------------------------------
+# Forward
+
+
+def reference_logits(model, idx):
+    """The model again, from the papers, in matrix products and without any of its modules."""
+    c, p = model.config, dict(model.named_parameters())
+    m_N, m_L, alpha = c.n_embd / c.base_n_embd, c.n_layer / c.base_n_layer, c.alpha or 1.0
+    T = idx.shape[1]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * p[f'{name}.weight'] + p[f'{name}.bias']
+
+    def linear(x, name):
+        return x @ p[f'{name}.weight'].T + p[f'{name}.bias']
+
+    x = c.input_mult * (p['transformer.wte.weight'][idx] + p['transformer.wpe.weight'][:T])
+    for layer in range(c.n_layer):
+        h = f'transformer.h.{layer}'
+        q, k, v = linear(norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn').split(c.n_embd, dim=-1)
+        heads = []
+        for head in range(c.n_head):
+            part = slice(head * c.head_dim, (head + 1) * c.head_dim)
+            scores = q[..., part] @ k[..., part].mT * c.attn_mult * math.sqrt(c.base_head_dim) / c.head_dim
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v[..., part])
+        x = x + m_L ** -alpha * linear(torch.cat(heads, -1), f'{h}.attn.c_proj')
+        y = linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
+        x = x + m_L ** -alpha * linear(y, f'{h}.mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ p['lm_head.weight'].T * c.output_mult / m_N
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.5])
+def test_forward_against_a_second_implementation(alpha):
+    model = make(n_layer=6, n_embd=128, head_dim=32, alpha=alpha, input_mult=3.0, attn_mult=2.0, output_mult=5.0,
+                 init_std=0.3)
+    with torch.no_grad():
+        for p in model.parameters():  # away from the ones and zeros that norms and biases start with
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        idx = batch()[0]
+        expected = reference_logits(model, idx)
+        torch.testing.assert_close(model(idx)[0], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('name', PARAMETERIZATIONS)
+def test_training_and_sampling_see_the_same_logits(name):
+    """At m_N = 8: the trap of a logit multiplier that exists only when targets are given."""
+    model = make(n_embd=256, parameterization=name, init_std=0.2)
+    inputs, targets = batch()
+    logits, no_loss = model(inputs)
+    assert no_loss is None and logits.shape == (4, 16, 64)
+    loss = model(inputs, targets)[1]
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.view(-1, 64), targets.reshape(-1)).item(), rel=1e-6)
+    greedy = model.generate(inputs, 1, temperature=0)
+    assert torch.equal(greedy[:, -1], logits[:, -1].argmax(-1))
+    sharp = model.unembed(model.features(inputs))
+    assert torch.equal(sharp, logits)
+
+
+def test_targets_of_minus_one_are_ignored():
+    model = make()
+    inputs, targets = batch()
+    masked = targets.clone()
+    masked[:, 8:] = -1
+    logits = model(inputs)[0][:, :8]
+    expected = F.cross_entropy(logits.reshape(-1, 64), targets[:, :8].reshape(-1))
+    assert model(inputs, masked)[1].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_causality():
+    model = make()
+    idx = batch()[0]
+    changed = idx.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 64
+    before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_too_long_a_sequence_is_an_error():
+    with pytest.raises(ValueError, match='17 tokens is longer than block_size=16'):
+        make()(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize('name', PARAMETERIZATIONS)
+def test_overfits_one_batch(name):
+    model = make(parameterization=name, n_layer=4, n_embd=64)
+    optimizer = make_optimizer(model, weight_decay=0.0)
+    first = model(*batch())[1].item()
+    for _ in range(60):
+        loss = model(*batch())[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert first > 4 and loss.item() < 0.2
+
+
+# -----------------------------------------------------------------------------
+# Sparsity
+
+
+def masks(model):
+    return {name: m.mask for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def test_masks_depend_on_mask_seed_alone_and_have_the_density():
+    first, other_init, other_mask = make(BIG, seed=0), make(BIG, seed=1), make(BIG, mask_seed=2)
+    assert len(masks(first)) == 16 * 4
+    total = sum(mask.numel() for mask in masks(first).values())
+    kept = sum(mask.sum().item() for mask in masks(first).values())
+    assert abs(kept - total / 4) < 4 * math.sqrt(total * 0.25 * 0.75)
+    for name, mask in masks(first).items():
+        assert torch.equal(mask, masks(other_init)[name])
+        assert not torch.equal(mask, masks(other_mask)[name])
+
+
+def test_mask_survives_save_and_load():
+    model = make(density=0.5)
+    other = make(density=0.5, mask_seed=9, seed=9)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(batch()[0])[0], other(batch()[0])[0])
+    assert 'transformer.h.0.attn.c_attn.mask' in model.state_dict()
+
+
+def test_masked_weights_stay_exactly_zero():
+    model = make(density=0.5, parameterization='supar')
+    before = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    train_steps(model, make_optimizer(model, weight_decay=0.5), 5)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            assert module.weight[~module.mask].abs().max() == 0
+            assert (module.weight != before[name])[module.mask].float().mean() > 0.99
+
+
+def test_density_one_has_no_masks():
+    assert not masks(make(parameterization='supar'))
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+
+def test_generate_never_samples_padding():
+    model = make(real_vocab_size=10, init_std=2.0)
+    with torch.no_grad():
+        model.lm_head.weight[10:] *= 100  # padding would win if it could
+    ids = model.generate(torch.zeros(8, 1, dtype=torch.long), 30, generator=torch.Generator().manual_seed(0))
+    assert ids.shape == (8, 31) and ids.max() < 10
+    assert model.generate(ids, 5, temperature=0).max() < 10
+    assert make(init_std=2.0).generate(ids, 30).max() >= 10
+
+
+def test_generate_is_determined_by_its_generator_and_top_k():
+    model = make(init_std=0.5)
+    start = batch()[0][:1]
+
+    def sample(seed, **options):
+        return model.generate(start, 20, generator=torch.Generator().manual_seed(seed), **options).tolist()
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(1, top_k=1) == sample(2, top_k=1) == sample(3, temperature=0)
+    assert sample(1, top_k=10**6) == sample(1)
+
+
+# -----------------------------------------------------------------------------
+# Sizes, config, import
+
+
+def test_counts():
+    """By hand, for V = 64, T = 16, N = 32, L = 2: 2VN + TN + L(12 N^2 + 13 N) + 2N."""
+    assert make().num_params() == 2 * 64 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32 == 30080
+    assert make(tie_weights=True).num_params() == 30080 - 64 * 32
+    assert make().flops_per_token() == 6 * (30080 - 64 * 32 - 16 * 32) + 12 * 2 * 32 * 16
+    assert make(tie_weights=True).flops_per_token() == make().flops_per_token()
+    paper = GPTConfig(block_size=2048, vocab_size=50257, n_layer=2, n_embd=256)  # its anchor, less our wpe
+    with torch.device('meta'):
+        assert GPT(paper).num_params() - 2048 * 256 == 27_311_616
+        assert GPT(replace(paper, n_layer=128)).num_params() - 2048 * 256 == 126_821_376
+
+
+def test_a_meta_model_can_be_filled_later():
+    config = replace(TINY, density=0.5)
+    with torch.device('meta'):
+        model = GPT(config)
+    model.to_empty(device='cpu').init_weights(torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, make(config).state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(parameterization='mpu'), "parameterization='mpu' is not allowed: choose one of gpt2, sp, mup"),
+    (dict(n_embd=40), 'n_embd=40 is not allowed: use a multiple of head_dim=16'),
+    (dict(n_layer=0), 'n_layer=0 is not allowed: use an integer of at least 1'),
+    (dict(base_n_embd=0), 'base_n_embd=0 is not allowed'),
+    (dict(density=0.0), 'density=0.0 is not allowed: use a value in'),
+    (dict(density=-0.5), 'density=-0.5 is not allowed'),
+    (dict(density=1.5), 'density=1.5 is not allowed'),
+    (dict(density=math.nan), 'density=nan is not allowed'),
+    (dict(dropout=1.0), 'dropout=1.0 is not allowed'),
+    (dict(init_std=-1.0), 'init_std=-1.0 is not allowed'),
+    (dict(alpha=0.4), 'alpha=0.4 is not allowed: use a value in'),
+    (dict(alpha=0.5, parameterization='mup'), "does not see depth, so alpha would do nothing; leave alpha out or use "
+                                              "depth_mup, completep, completep_supar"),
+    (dict(real_vocab_size=65), 'real_vocab_size=65 is not allowed: use 0..64'),
+])
+def test_bad_configs(changes, message):
+    with pytest.raises(ValueError) as error:
+        replace(TINY, **changes)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.fixture(scope='module')
+def tiny_gpt2(tmp_path_factory):
+    transformers = pytest.importorskip('transformers', reason='needs transformers (requirements-dev.txt)')
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=100, n_positions=32, initializer_range=0.4)).eval()
+    with torch.no_grad():  # biases too, which start at zero
+        for name, p in hf.named_parameters():
+            if name.endswith('bias'):
+                p.normal_(0, 0.3)
+    folder = tmp_path_factory.mktemp('gpt2')
+    hf.save_pretrained(folder)
+    return hf, str(folder)
+
+
+def test_gpt2_import(tiny_gpt2):
+    hf, folder = tiny_gpt2
+    model = GPT.from_pretrained(folder).eval()
+    idx = torch.randint(100, (3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = hf(idx).logits
+        torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        cropped = GPT.from_pretrained(folder, block_size=8).eval()
+        torch.testing.assert_close(cropped(idx[:, :8])[0], expected[:, :8], rtol=0,
+                                   atol=1e-5 * expected.abs().max().item())
+    assert model.config.n_head == 4 and model.config.parameterization == 'gpt2'
+    assert model_module.GPT.from_pretrained(folder, dropout=0.3).transformer.drop.p == 0.3

@@ -1,0 +1,637 @@
+"""Tests of train.py, sample.py and the command line: exact resume, data order, faults, two processes, messages."""
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import hardware
+import train as train_module
+from configurator import UserError, configure
+from dataset import ByteTokenizer, CharTokenizer, Dataset
+from model import GPT, GPTConfig
+from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
+from write_dataset import write_dataset
+
+ROOT = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A learnable byte dataset: three words in random order."""
+    words = np.random.default_rng(0).choice(['abc ', 'de ', 'fghij '], 12_000)
+    folder = tmp_path_factory.mktemp('data')
+    write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
+                  ByteTokenizer(), 'words')
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(tmp_path, data_dir):
+    return TrainConfig(
+        out_dir=str(tmp_path / 'out'), dataset=data_dir, block_size=16, batch_tokens=128, batch_size=4, max_iters=8,
+        n_layer=2, n_embd=32, head_dim=16, base_n_layer=1, base_n_embd=16, base_head_dim=16, learning_rate=1e-2,
+        eval_interval=4, eval_tokens=512, log_interval=1, compile=False, dtype='float32', device='cpu')
+
+
+def state_of(out_dir):
+    return checkpoint.load(out_dir)[1]
+
+
+def rows_of(out_dir):
+    with open(Path(out_dir) / 'metrics.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def losses_of(out_dir):
+    return [(row['step'], row['loss'], row['val_loss'], row['grad_norm']) for row in rows_of(out_dir)]
+
+
+def flags(config):
+    return [f'--{key}={value}' for key, value in asdict(config).items() if value != '']
+
+
+def run(script, *args, **env):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, **env})
+
+
+def equal(a, b):
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def test_a_run_learns_and_writes_what_it_says(tiny, capsys):
+    summary = train(replace(tiny, max_iters=60, eval_interval=30, sample_tokens=20))
+    out = capsys.readouterr().out
+    assert summary['val_loss'] < 1.5 < 5 < float(rows_of(tiny.out_dir)[0]['loss'])
+    assert summary['bits_per_byte'] == pytest.approx(summary['val_loss'] / math.log(2))
+    assert summary['diverged_at'] is None and summary['steps'] == 60 and summary['tokens'] == 60 * 128
+    assert sorted(path.name for path in Path(tiny.out_dir).iterdir()) == [
+        'ckpt_000000030.pt', 'ckpt_000000060.pt', 'config.json', 'loss.png', 'metrics.csv', 'summary.json']
+    assert json.loads(Path(tiny.out_dir, 'summary.json').read_text()) == summary
+    assert [row['step'] for row in rows_of(tiny.out_dir)] == [str(step) for step in range(61)]
+    assert [row['step'] for row in rows_of(tiny.out_dir) if row['val_loss']] == ['0', '30', '60']
+    for text in ('hidden_weight', 'lr x wd', '8 sequences of 16 = 1 process(es) x 2 micro-batch(es) x 4', 'loss.png',
+                 'a sample of 20 tokens', 'step     60/60 | val loss'):
+        assert text in out
+    assert Path(tiny.out_dir, 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('changes', [
+    dict(),
+    dict(dropout=0.3, parameterization='completep_supar', density=0.5, tie_weights=True, weight_decay=0.1),
+    dict(schedule='cosine', batch_size=8, grad_clip=0.0),
+])
+def test_resume_is_bitwise(tiny, tmp_path, changes):
+    """N steps straight equal N/2, a stop, and N/2 more."""
+    config = replace(tiny, **changes)
+    straight = train(config)
+    halves = replace(config, out_dir=str(tmp_path / 'halves'))
+    stop = train_module.checkpoint.save
+
+    class Stopped(Exception):
+        pass
+
+    def save_and_stop(out_dir, state):
+        stop(out_dir, state)
+        raise Stopped
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_module.checkpoint, 'save', save_and_stop)
+        train(halves)
+    assert state_of(halves.out_dir)['step'] == 4
+    torch.manual_seed(99)  # whatever else ran in between
+    resumed = train(replace(halves, init_from='resume'))
+    assert resumed['val_loss'] == straight['val_loss']
+    a, b = state_of(config.out_dir), state_of(halves.out_dir)
+    assert a['step'] == b['step'] == 8 and a['tokens'] == 8 * 128
+    for key in ('model', 'optimizer', 'best_val_loss', 'model_config', 'meta'):
+        assert equal(a[key], b[key]), key
+    assert losses_of(config.out_dir) == losses_of(halves.out_dir)
+
+
+def test_evaluating_more_often_changes_nothing(tiny, tmp_path):
+    train(replace(tiny, dropout=0.2, eval_interval=8))
+    often = replace(tiny, dropout=0.2, eval_interval=1, eval_tokens=64, out_dir=str(tmp_path / 'often'))
+    train(often)
+    seldom, often = rows_of(tiny.out_dir), rows_of(often.out_dir)
+    assert [(row['loss'], row['grad_norm']) for row in seldom] == [(row['loss'], row['grad_norm']) for row in often]
+    assert sum(bool(row['val_loss']) for row in often) == 9
+
+
+def test_same_seed_same_run_and_other_seed_another(tiny, tmp_path):
+    def losses(name, **changes):
+        config = replace(tiny, out_dir=str(tmp_path / name), max_iters=3, **changes)
+        train(config)
+        return losses_of(config.out_dir)
+    first = losses('a')
+    assert first == losses('b') != losses('c', seed=7)
+
+
+def test_micro_batches_make_the_same_step(tiny, tmp_path):
+    """The logged loss is the mean over all micro-batches, and so is the gradient."""
+    train(replace(tiny, batch_size=8))
+    train(replace(tiny, batch_size=1, out_dir=str(tmp_path / 'ones')))
+    for one, eight in zip(rows_of(tmp_path / 'ones'), rows_of(tiny.out_dir), strict=True):
+        for key in ('loss', 'grad_norm', 'val_loss'):
+            if eight[key]:
+                assert float(one[key]) == pytest.approx(float(eight[key]), rel=1e-4), (eight['step'], key)
+
+
+def test_validation_loss_is_the_mean_over_the_fixed_tokens(tiny):
+    summary = train(tiny)
+    state, data = state_of(tiny.out_dir), Dataset(tiny.dataset)
+    model = GPT(GPTConfig(**state['model_config'])).eval()
+    model.load_state_dict(state['model'])
+    starts = data.val_starts(512, 16)
+    with torch.no_grad():
+        expected = model(*data.batch('val', starts, 16, torch.device('cpu')))[1].item()
+    assert len(starts) == 32 and summary['val_loss'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_first_step_is_the_reference_step(tiny, tmp_path):
+    """One step by hand: PyTorch's AdamW in closed form, on the same batch."""
+    config = replace(tiny, max_iters=1, warmup_frac=0.0, grad_clip=0.0, weight_decay=0.1, batch_size=8, eps=1e-6)
+    train(config)
+    data = Dataset(config.dataset)
+    model = GPT(GPTConfig(**{**{key: getattr(config, key) for key in MODEL_KEYS}, 'vocab_size': 256}),
+                torch.Generator().manual_seed(config.seed))
+    model(*data.batch('train', data.train_starts(config.seed, 0, 8, 16), 16, torch.device('cpu')))[1].backward()
+    after = state_of(config.out_dir)['model']
+    for name, lr, decay, eps in (('transformer.wte.weight', 1e-2, 0.1, 5e-7), ('lm_head.weight', 1e-2, 0.1, 5e-7),
+                                 ('transformer.h.1.mlp.c_fc.weight', 5e-3, 0.2, 2.5e-7),
+                                 ('transformer.h.0.ln_1.weight', 1e-2, 0.0, 2.5e-7)):
+        p = model.get_parameter(name)
+        expected = p * (1 - lr * decay) - lr * p.grad / (p.grad.abs() + eps)
+        torch.testing.assert_close(after[name], expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_duration_and_decay_are_derived(tiny):
+    config = replace(tiny, tokens_per_param=0.05, tau_ema=0.5, eval_interval=100)
+    summary = train(config)
+    params = 2 * 256 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32
+    assert summary['params'] == params and summary['steps'] == round(0.05 * params / 128)
+    assert summary['weight_decay'] == pytest.approx(1 / (0.5 * 1e-2 * summary['steps']))
+    group = state_of(config.out_dir)['optimizer']['param_groups'][1]
+    assert group['role'] == 'block_norm' or group['weight_decay'] > 0
+    # the paper's anchor: tau .1407, lr 2^-8, 1144 steps
+    assert 1 / (0.1407 * 2 ** -8 * 1144) == pytest.approx(1.59045, rel=1e-4)
+
+
+def test_schedules():
+    def curve(**changes):
+        config = replace(TrainConfig(), **changes)
+        return [lr_fraction(config, step, 10) for step in range(10)]
+    assert curve(warmup_frac=0.2) == pytest.approx([0.5, 1, 1, .875, .75, .625, .5, .375, .25, .125])
+    assert curve(warmup_frac=0.0, schedule='constant') == [1.0] * 10
+    assert curve(warmup_frac=0.5, schedule='constant', final_lr_frac=0.1) == pytest.approx([.2, .4, .6, .8] + [1] * 6)
+    cosine = curve(warmup_frac=0.0, schedule='cosine', final_lr_frac=0.1)
+    assert cosine[0] == 1 and cosine[5] == pytest.approx(0.55) and cosine[9] == pytest.approx(0.122, abs=1e-3)
+    assert curve(warmup_frac=1.0)[-1] == 1 and min(curve(warmup_frac=1.0)) > 0
+
+
+def test_schedule_multiplies_each_groups_own_lr(tiny):
+    train(replace(tiny, max_iters=5, eval_interval=100))
+    groups = state_of(tiny.out_dir)['optimizer']['param_groups']
+    last = lr_fraction(tiny, 4, 5)
+    for group in groups:
+        assert group['lr'] == pytest.approx(1e-2 * group['lr_scale'] * last)
+    assert {group['role']: group['lr_scale'] for group in groups}['hidden_weight'] == 0.5
+
+
+@pytest.mark.parametrize('changes, world_size, expected', [
+    (dict(batch_tokens=128, block_size=16, batch_size=4), 1, (8, 8, 2)),
+    (dict(batch_tokens=128, block_size=16, batch_size=4), 2, (8, 4, 1)),
+    (dict(batch_tokens=128, block_size=16, batch_size=100), 1, (8, 8, 1)),
+    (dict(batch_tokens=100, block_size=16), 1, 'no multiple of block_size=16: use 96 or 112'),
+    (dict(batch_tokens=8, block_size=16), 1, 'no multiple of block_size=16: use 16 or 16'),
+    (dict(batch_tokens=128, block_size=16), 3, '8 sequences of 16, which 3 processes cannot share: use a multiple of 48'),
+    (dict(batch_tokens=128, block_size=16, batch_size=3), 1, 'no multiple of batch_size=3: use one of [1, 2, 4, 8]'),
+])
+def test_batches_are_derived_or_the_numbers_are_shown(changes, world_size, expected):
+    config = replace(TrainConfig(), **changes)
+    if isinstance(expected, tuple):
+        assert split_batch(config, world_size) == expected
+    else:
+        with pytest.raises(UserError) as error:
+            split_batch(config, world_size)
+        assert expected in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# Faults
+
+
+@pytest.mark.parametrize('where', ['loss', 'gradient'])
+def test_divergence_stops_before_the_step(tiny, monkeypatch, where):
+    forward, calls = GPT.forward, []
+
+    def bad_at_step_six(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.append(self.training)
+        if sum(calls) > 12:  # two micro-batches a step
+            loss = loss * math.inf if where == 'loss' else loss + (loss * 0).sqrt()  # the root's slope at 0 is inf
+        return logits, loss
+    monkeypatch.setattr(GPT, 'forward', bad_at_step_six)
+    summary = train(tiny)
+    assert summary['diverged_at'] == 6 and summary['val_loss'] == math.inf
+    state = state_of(tiny.out_dir)
+    assert state['step'] == 4 and all(value.isfinite().all() for value in state['model'].values())
+    assert rows_of(tiny.out_dir)[-1]['step'] == '5'
+    assert json.loads(Path(tiny.out_dir, 'summary.json').read_text())['val_loss'] is None
+
+
+def test_divergence_exits_with_3_and_says_what_to_try(tiny):
+    result = run('train.py', *flags(replace(tiny, learning_rate=1e30, grad_clip=0.0)))
+    assert result.returncode == 3 and 'Traceback' not in result.stderr
+    assert 'stopped before the step was taken' in result.stdout and 'Try a lower learning_rate' in result.stdout
+
+
+def test_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tiny, capsys):
+    train(replace(tiny, max_iters=8, eval_interval=2))
+    newest, before = checkpoint.find(tiny.out_dir)
+    assert (newest.name, before.name) == ('ckpt_000000008.pt', 'ckpt_000000006.pt')
+    os.truncate(newest, newest.stat().st_size // 2)
+    train(replace(tiny, eval_interval=2, init_from='resume'))
+    captured = capsys.readouterr()
+    assert 'ckpt_000000008.pt cannot be read' in captured.err and 'ckpt_000000006.pt at step 6' in captured.out
+    assert state_of(tiny.out_dir)['step'] == 8
+    for path in checkpoint.find(tiny.out_dir):
+        path.write_bytes(b'')
+    with pytest.raises(UserError, match=r'none of 2 can be read.*--init_from=scratch'):
+        train(replace(tiny, init_from='resume'))
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'attacked'),)
+    torch.save({'step': Attack()}, tmp_path / 'ckpt_000000001.pt')
+    with pytest.raises(UserError, match='none of 1 can be read'):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / 'attacked').exists()
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, dict(step=1))
+
+    def breaks(file):
+        file.write(b'half')
+        raise OSError('disk full')
+    with pytest.raises(OSError, match='disk full'):
+        checkpoint.write_atomically(tmp_path / 'ckpt_000000002.pt', breaks)
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt_000000001.pt']
+
+
+def test_resume_as_another_model_lists_the_keys(tiny):
+    train(tiny)
+    with pytest.raises(UserError) as error:
+        train(replace(tiny, init_from='resume', parameterization='mup', n_layer=4))
+    assert "cannot resume" in str(error.value) and "n_layer was 2, is 4" in str(error.value)
+    assert "parameterization was 'completep', is 'mup'" in str(error.value)
+    assert 'n_embd' not in str(error.value)
+
+
+def test_resume_takes_this_runs_hyperparameters_and_says_so(tiny, capsys):
+    """Peers' checkpoints silently bring back their own weight decay and eps."""
+    train(replace(tiny, max_iters=4))
+    train(replace(tiny, init_from='resume', weight_decay=0.5, eps=1e-3, max_iters=8))
+    assert 'max_iters 4 -> 8' in (out := capsys.readouterr().out) and 'weight_decay 0.0 -> 0.5' in out
+    groups = {group['role']: group for group in state_of(tiny.out_dir)['optimizer']['param_groups']}
+    assert groups['hidden_weight']['weight_decay'] == 1.0 and groups['embedding']['eps'] == 5e-4
+    with pytest.raises(UserError, match='is at step 8, past the end at 6: raise max_iters'):
+        train(replace(tiny, init_from='resume', max_iters=6))
+
+
+def test_resume_on_the_command_line_needs_no_config(tiny):
+    train(replace(tiny, max_iters=4))
+    result = run('train.py', f'--out_dir={tiny.out_dir}', '--init_from=resume', '--max_iters=6')
+    assert result.returncode == 0, result.stderr
+    assert 'at step 4, with max_iters 4 -> 6' in result.stdout
+    assert state_of(tiny.out_dir)['step'] == 6 and len(rows_of(tiny.out_dir)) == 7
+
+
+def test_a_run_is_not_overwritten_unasked(tiny):
+    train(tiny)
+    before = sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir())
+    with pytest.raises(UserError, match='holds the checkpoints of a run'):
+        train(replace(tiny, seed=5))
+    assert sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir()) == before
+    train(replace(tiny, max_iters=2, eval_interval=2, overwrite=True))
+    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000002.pt']
+
+
+def test_only_the_best_checkpoint_when_asked(tiny, monkeypatch):
+    values = iter([5.0, 3.0, 4.0, 2.0, 6.0])
+    forward = GPT.forward
+
+    def fixed_val_loss(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        return logits, loss if self.training else torch.tensor(next(values))
+    monkeypatch.setattr(GPT, 'forward', fixed_val_loss)
+    summary = train(replace(tiny, eval_interval=2, eval_tokens=64, always_save_checkpoint=False))
+    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000006.pt', 'ckpt_000000002.pt']
+    assert summary['best_val_loss'] == 2.0 and summary['val_loss'] == 6.0
+
+
+def test_eval_only_stops_and_keeps_the_rows(tiny):
+    val_loss = train(tiny)['val_loss']
+    rows = losses_of(tiny.out_dir)
+    summary = train(replace(tiny, init_from='resume', eval_only=True))
+    assert summary['val_loss'] == val_loss and summary['steps'] == 8
+    assert losses_of(tiny.out_dir) == rows
+
+
+def test_every_model_key_reaches_the_model(tiny):
+    """A flag that goes nowhere is the oldest of traps."""
+    by_name = {field.name: field for field in fields(TrainConfig)}
+    assert set(MODEL_KEYS) <= set(by_name)
+    changed = dict(dropout=0.1, bias=False, tie_weights=True, density=0.5, mask_seed=3, parameterization='depth_mup',
+                   alpha=0.75, base_n_layer=4, base_n_embd=64, base_head_dim=8, init_std=0.1, input_mult=2.0,
+                   attn_mult=2.0, output_mult=2.0, vocab_size=300, real_vocab_size=299, n_layer=3, n_embd=48,
+                   head_dim=24, block_size=8)
+    assert set(changed) == set(MODEL_KEYS)
+    config = replace(tiny, **changed)
+    model = train_module.build_model(config, Dataset(tiny.dataset), None)
+    assert asdict(model.config) == changed
+
+
+# -----------------------------------------------------------------------------
+# Machine
+
+
+def test_two_processes_train_the_curve_of_one(tiny, tmp_path):
+    config = replace(tiny, parameterization='completep_supar', density=0.5, batch_size=2, max_iters=6)
+    train(config)
+    two = replace(config, out_dir=str(tmp_path / 'two'))
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py',
+         *flags(two)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stderr
+    assert '8 sequences of 16 = 2 process(es) x 2 micro-batch(es) x 2' in result.stdout
+    assert result.stdout.count('hidden_weight') == 1  # one process speaks
+    one, other = rows_of(config.out_dir), rows_of(two.out_dir)
+    assert [row['step'] for row in one] == [row['step'] for row in other]
+    for a, b in zip(one, other, strict=True):
+        for key in ('loss', 'grad_norm', 'val_loss'):
+            assert bool(a[key]) == bool(b[key])
+            if a[key]:
+                assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), (a['step'], key)
+    for name, value in state_of(config.out_dir)['model'].items():
+        torch.testing.assert_close(state_of(two.out_dir)['model'][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_training_is_the_same(tiny, tmp_path):
+    if reason := hardware.why_not_compile(torch.device('cpu')):
+        pytest.skip(f'torch.compile does not work here: {reason}')
+    train(replace(tiny, max_iters=4))
+    train(replace(tiny, max_iters=4, compile=True, out_dir=str(tmp_path / 'compiled')))
+    for a, b in zip(rows_of(tiny.out_dir), rows_of(tmp_path / 'compiled'), strict=True):
+        assert not a['loss'] or float(a['loss']) == pytest.approx(float(b['loss']), rel=1e-4)
+    assert set(state_of(tmp_path / 'compiled')['model']) == set(state_of(tiny.out_dir)['model'])
+
+
+def test_eager_with_a_reason_where_no_compiler_works(tiny, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError('no C++ compiler\nlong story')
+    monkeypatch.setattr(torch, 'compile', broken)
+    assert train(replace(tiny, max_iters=1, compile=True))['steps'] == 1
+    assert 'running without torch.compile: RuntimeError: no C++ compiler\n' in capsys.readouterr().out
+
+
+def test_bf16_autocast_is_used_on_the_cpu(tiny, monkeypatch):
+    seen = set()
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, 'linear', lambda *args: (out := linear(*args), seen.add(out.dtype))[0])
+    train(replace(tiny, max_iters=1, dtype='bfloat16'))
+    assert seen == {torch.bfloat16}
+
+
+def test_dtype_and_device_are_picked_or_refused(monkeypatch):
+    cpu = torch.device('cpu')
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, 'cpu_has_bf16', lambda has=has: has)
+        assert hardware.pick_dtype('auto', cpu) == expected
+    assert hardware.pick_dtype('auto', torch.device('mps')) == torch.float32
+    with pytest.raises(UserError, match="dtype='float16' needs the gradient scaling of a CUDA device, this is cpu"):
+        hardware.pick_dtype('float16', cpu)
+    with pytest.raises(UserError, match="dtype='fp32' is not known: use auto, float32"):
+        hardware.pick_dtype('fp32', cpu)
+    with pytest.raises(UserError, match="device='gpu' does not work here"):
+        hardware.pick_device('gpu')
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device='cuda' does not work here"):
+            hardware.pick_device('cuda')
+    assert hardware.peak_flops(cpu) is None
+
+
+@pytest.mark.parametrize('name, flops', [
+    ('NVIDIA H200', 989e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA B200', 2.25e15),
+    ('NVIDIA GB200', 2.5e15), ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A10G', 70e12), ('NVIDIA A10', 125e12),
+    ('NVIDIA L4', 121e12), ('NVIDIA L40S', 362e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Tesla T4', 65e12),
+    ('Some Future Chip', None)])
+def test_peak_flops_by_name(monkeypatch, name, flops):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert hardware.peak_flops(torch.device('cuda')) == flops
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+@dataclass
+class Defaults:
+    """Not the real ones."""
+    learning_rate: float = 1e-3
+    max_iters: int = 10
+    compile: bool = True
+    out_dir: str = 'out'
+
+
+@pytest.mark.parametrize('argument, expected', [
+    ('--learning_rate=1', dict(learning_rate=1.0)),
+    ('--learning_rate=1e-4', dict(learning_rate=1e-4)),
+    ('--max_iters=5', dict(max_iters=5)),
+    ('--max_iters=5_000', dict(max_iters=5000)),
+    ('--compile=False', dict(compile=False)),
+    ('--compile=false', dict(compile=False)),
+    ('--compile=True', dict(compile=True)),
+    ('--out_dir=a=b', dict(out_dir='a=b')),
+    ('--out_dir=123', dict(out_dir='123')),
+    ('--out_dir=', dict(out_dir='')),
+    ('--leraning_rate=1', "'--leraning_rate=1': unknown key 'leraning_rate'; did you mean 'learning_rate'?"),
+    ('--zzz=1', "'--zzz=1': unknown key 'zzz'; see --help for all keys"),
+    ('--max_iters=two', "'--max_iters=two': max_iters must be int, got 'two' (str)"),
+    ('--max_iters=1.5', "'--max_iters=1.5': max_iters must be int, got '1.5' (str)"),
+    ('--learning_rate=', "'--learning_rate=': learning_rate must be float, got '' (str)"),
+    ('--compile=1', "'--compile=1': compile must be bool, got '1' (str)"),
+    ('--compile', "'--compile' has no value; write --compile=VALUE"),
+    ('nothing.py', "no file 'nothing.py'; flags are written --key=value"),
+    ('max_iters=5', "no file 'max_iters=5'; flags are written --key=value"),
+    ('typo.py', "typo.py: unknown key 'leraning_rate'; did you mean 'learning_rate'?"),
+    ('text.py', "text.py: learning_rate must be float, got '0.001' (str)"),
+    ('bool.py', 'bool.py: max_iters must be int, got True (bool)'),
+    ('syntax.py', 'syntax.py, line 2: '),
+    ('raises.py', "raises.py: NameError: name 'nonesuch' is not defined"),
+    ('good.py', dict(learning_rate=2.0, max_iters=30)),
+    ('based.py', dict(learning_rate=2.0, max_iters=7)),
+])
+def test_configurator(tmp_path, monkeypatch, argument, expected):
+    monkeypatch.chdir(tmp_path)
+    Path('typo.py').write_text('leraning_rate = 1e-3\n')
+    Path('text.py').write_text("learning_rate = '0.001'\n")
+    Path('bool.py').write_text('max_iters = True\n')
+    Path('syntax.py').write_text('max_iters = 1\nlearning_rate 2\n')
+    Path('raises.py').write_text('max_iters = nonesuch\n')
+    Path('good.py').write_text('import math\n_half = 15\nmax_iters = 2 * _half\nlearning_rate = 2\n')
+    Path('based.py').write_text('from good import *\nmax_iters = 7\n')
+    if isinstance(expected, dict):
+        assert configure(Defaults, [argument]) == expected
+        assert 'good' not in sys.modules
+    else:
+        with pytest.raises(UserError) as error:
+            configure(Defaults, [argument])
+        assert expected in str(error.value) and '\n' not in str(error.value)
+
+
+def test_files_and_flags_apply_from_left_to_right(tmp_path):
+    file = tmp_path / 'a.py'
+    file.write_text('max_iters = 3\n')
+    assert configure(Defaults, ['--max_iters=1', str(file)]) == dict(max_iters=3)
+    assert configure(Defaults, [str(file), '--max_iters=1']) == dict(max_iters=1)
+
+
+@pytest.mark.parametrize('key, value, message', [
+    ('schedule', 'step', "schedule='step' is not known: use linear, cosine or constant"),
+    ('learning_rate', -1.0, 'learning_rate=-1.0 is not allowed: use a value of at least 0'),
+    ('learning_rate', math.nan, 'learning_rate=nan is not allowed'),
+    ('beta1', 1.0, 'beta1=1.0 is not allowed: use a value in [0, 1)'),
+    ('warmup_frac', 2.0, 'warmup_frac=2.0 is not allowed: use a value in [0, 1]'),
+    ('max_iters', 0, 'max_iters=0 is not allowed: use a value of at least 1'),
+    ('seed', -1, 'seed=-1 is not allowed'),
+])
+def test_values_no_run_can_use(key, value, message):
+    with pytest.raises(UserError) as error:
+        replace(TrainConfig(), **{key: value})
+    assert message in str(error.value)
+    with pytest.raises(UserError, match='tau_ema=0.1 and weight_decay=0.2 both set the decay'):
+        TrainConfig(tau_ema=0.1, weight_decay=0.2)
+
+
+def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path):
+    file = tmp_path / 'file'
+    file.write_text('')
+    cases = {
+        ('--n_embd=100',): 'error: n_embd=100 is not allowed: use a multiple of head_dim=16\n',
+        ('--dataset=nonesuch',): "error: no dataset in '",
+        ('--vocab_size=100',): 'has 256 ids, the model vocab_size=100: use vocab_size=0',
+        ('--init_from=resume',): "(there is none): check out_dir, or start with --init_from=scratch\n",
+        (f'--out_dir={file}/out',): f"error: out_dir='{file}/out' cannot be written",
+    }
+    for args, message in cases.items():
+        result = run('train.py', *flags(tiny), *args)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_help_is_the_manual():
+    for script in ('train.py', 'sample.py'):
+        result = run(script, '--help')
+        assert result.returncode == 0 and 'python ' + script in result.stdout and 'out_dir: str' in result.stdout
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+
+def test_sample(tiny, tmp_path):
+    train(replace(tiny, max_iters=60, eval_interval=60))
+    (tmp_path / 'prompt.txt').write_text('abc fg')
+
+    def sample(*args):
+        result = run('sample.py', f'--out_dir={tiny.out_dir}', '--max_new_tokens=40', '--device=cpu', *args)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    text = sample('--start=abc fg')
+    assert text.startswith('abc fg') and len(text) == 6 + 40 + 1 and set(text) <= set('abcdefghij \n')
+    assert text == sample('--start=FILE:' + str(tmp_path / 'prompt.txt')) != sample('--start=abc fg', '--seed=1')
+    assert sample('--temperature=0').strip() == sample('--temperature=0', '--seed=2').strip() != ''
+    two = sample('--num_samples=2')
+    assert '--- sample 1' in two and '--- sample 2' in two
+    for args, message in ((['--start=FILE:nonesuch'], 'cannot be read'), (['--out_dir=nonesuch'], 'no checkpoint'),
+                          (['--temperature=-1'], 'temperature=-1.0 is not allowed')):
+        result = run('sample.py', f'--out_dir={tiny.out_dir}', *args)
+        assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_sample_of_a_char_model_names_unknown_characters(tiny, tmp_path):
+    write_dataset(tmp_path / 'chars', [(split, 'abcé' * 200, True) for split in ('train', 'val')],
+                  CharTokenizer.of('abcé'), 'test')
+    train(replace(tiny, dataset=str(tmp_path / 'chars'), max_iters=2, sample_tokens=5))
+    result = run('sample.py', f'--out_dir={tiny.out_dir}', '--start=aé', '--max_new_tokens=10')
+    assert result.returncode == 0 and set(result.stdout.strip()) <= set('abcé')  # the tokenizer is in the checkpoint
+    shutil.rmtree(tmp_path / 'chars')
+    assert run('sample.py', f'--out_dir={tiny.out_dir}', '--start=a').returncode == 0
+    result = run('sample.py', f'--out_dir={tiny.out_dir}', '--start=xyz')
+    assert result.returncode == 2 and "character 'x' is not among the 4" in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# Configs and the first minute
+
+
+CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_loads_and_builds(name):
+    path = ROOT / 'config' / name
+    head = path.read_text().splitlines()
+    assert head[0].startswith('# ') and 'Hardware' in head[1] + head[2]
+    config = TrainConfig(**configure(TrainConfig, [str(path)]))
+    split_batch(config, 1)
+    if config.init_from == 'scratch':
+        shape = {key: getattr(config, key) for key in MODEL_KEYS}
+        shape['vocab_size'] = config.vocab_size or 50304
+        with torch.device('meta'):
+            assert GPT(GPTConfig(**shape)).num_params() > 1000
+
+
+def test_the_papers_shapes_have_the_papers_size():
+    """1.5B non-embedding parameters, wide and deep (arXiv:2505.01618)."""
+    for name in ('completep_1p5b_wide', 'completep_1p5b_deep'):
+        config = TrainConfig(**configure(TrainConfig, [str(ROOT / 'config' / f'{name}.py')]))
+        assert 12 * config.n_layer * config.n_embd ** 2 == pytest.approx(1.5e9, rel=0.02)
+
+
+def test_the_demo_of_the_makefile(tmp_path):
+    """`make demo` as it is, in tiny: only the installation is taken as done."""
+    if not shutil.which('make'):
+        pytest.skip('needs make')
+    out = tmp_path / 'demo'
+    tiny = '--n_layer=1 --n_embd=64 --max_iters=4 --eval_tokens=1024 --batch_tokens=1024 --batch_size=4'
+    result = subprocess.run(
+        ['make', '-o', f'{sys.prefix}/.run', 'demo', f'VENV={sys.prefix}', f'OUT={out}', f'FLAGS={tiny}'],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f'The loss curve is {out}/loss.png' in result.stdout and 'residual_branch' in result.stdout
+    assert (out / 'loss.png').exists() and 'def ' in result.stdout
