@@ -1,6 +1,8 @@
 """Tests of model.py: the rules against numbers typed by hand, against measurement, and against independent code."""
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -522,3 +524,12 @@ def test_gpt2_import(tiny_gpt2):
                                    atol=1e-5 * expected.abs().max().item())
     assert model.config.n_head == 4 and model.config.parameterization == 'gpt2'
     assert model_module.GPT.from_pretrained(folder, dropout=0.3).transformer.drop.p == 0.3
+
+
+def test_readme_points_at_the_right_lines():
+    root = Path(__file__).resolve().parent
+    lines = (root / 'model.py').read_text().splitlines()
+    links = re.findall(r'\[model\.py:(\d+)\]\(model\.py#L(\d+)\) `([^`]+)`', (root / 'README.md').read_text())
+    assert len(links) > 10
+    for shown, anchor, code in links:
+        assert shown == anchor and code in lines[int(shown) - 1], (shown, code)
