@@ -81,7 +81,7 @@ def plot(out_dir, title):
     except ImportError:
         return 'none, matplotlib is missing: pip install matplotlib'
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     rows = read(out_dir)
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout='constrained')
     for key, label, style in (('loss', 'training batch', dict(color='tab:blue', alpha=0.45, linewidth=1)),
@@ -90,6 +90,7 @@ def plot(out_dir, title):
         if points:
             axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel='tokens', ylabel='loss (nats per token)', title=title)
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))  # 1.5M instead of 1.5 and, in the corner, 1e6
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False)

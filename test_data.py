@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +167,20 @@ def test_text_splits_off_the_tail(tmp_path):
         assert len(ids(out, 'val')) == pytest.approx(0.2 * len(ids(out, 'train')) / 0.8, abs=2)
 
 
+def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
+    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\n' for i in range(200))
+    (tmp_path / 'a.txt').write_text(text)
+    pieces = script('text')['pieces']
+    whole = gpt2_tokenizer.encode(text).tolist()
+    for size in (50, 64, 100, 333):
+        pieces.__globals__['PIECE_CHARS'] = size
+        with open(tmp_path / 'a.txt') as file:
+            parts = list(pieces(file))
+        assert len(parts) > 5 and ''.join(part for part, _ in parts) == text
+        assert [ends for _, ends in parts] == [False] * (len(parts) - 1) + [True]
+        assert sum((gpt2_tokenizer.encode(part).tolist() for part, _ in parts), []) == whole
+
+
 def test_text_in_pieces_and_processes_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
     text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\n' for i in range(90_000))
     assert len(text) > 3 * writer.PIECE_CHARS
@@ -280,33 +292,34 @@ def test_no_network_is_one_line(tmp_path):
     assert run.stderr.count('error: ') == 1 and ('cannot be listed' in run.stderr or 'downloaded' in run.stderr)
 
 
-def test_a_killed_preparation_leaves_no_half_dataset(tmp_path):
-    """SIGKILL at many moments: the folder then holds a whole dataset (the old or the new one) or none."""
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from dataset import ByteTokenizer
-from write_dataset import write_dataset
-while True:
-    for letter in 'ab':
-        documents = [(split, letter * 50_000, True) for split in ('train', 'val')]
-        write_dataset({str(tmp_path)!r}, documents, ByteTokenizer(), letter)
-        print(letter, flush=True)
-"""
-    states = set()
-    for attempt in range(5):
-        process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        process.stdout.readline()
-        time.sleep(0.003 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def test_a_stopped_preparation_leaves_no_half_dataset(tmp_path, monkeypatch):
+    """Stopped before each rename: the folder then holds a whole dataset, the old or the new one, or none."""
+    found = []
+    for renames in range(4):
+        small(tmp_path, train=b'old', val=b'old')
+        real, left = os.replace, [renames]
+
+        def replace(source, target, real=real, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            real(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', replace)
+            if renames < 3:
+                with pytest.raises(KeyboardInterrupt):
+                    small(tmp_path, train=b'newer', val=b'newer')
+            else:
+                small(tmp_path, train=b'newer', val=b'newer')
         try:
             data = Dataset(tmp_path)
-            for split in ('train', 'val'):
-                assert set(data.ids[split].tolist()) == {ord(data.meta['source'])}
-            states.add(data.meta['source'])
+            found.append(bytes(data.ids['train'].astype(np.uint8)))
+            assert np.array_equal(data.ids['train'], data.ids['val'])
         except UserError as error:
             assert 'no dataset' in str(error)
-    assert states
+            found.append(None)
+        assert not list(tmp_path.glob('*.tmp*')) or renames < 3
+    assert found == [None, None, None, b'newer']
 
 
 # -----------------------------------------------------------------------------

@@ -103,21 +103,22 @@ def test_a_run_learns_and_writes_what_it_says(tiny, capsys):
     dict(schedule='cosine', batch_size=8, grad_clip=0.0),
 ])
 def test_resume_is_bitwise(tiny, tmp_path, changes):
-    """N steps straight equal N/2, a stop, and N/2 more."""
+    """N steps straight equal some, a stop, and the rest from the checkpoint at N/2."""
     config = replace(tiny, **changes)
     straight = train(config)
     halves = replace(config, out_dir=str(tmp_path / 'halves'))
-    stop = train_module.checkpoint.save
 
     class Stopped(Exception):
         pass
 
-    def save_and_stop(out_dir, state):
-        stop(out_dir, state)
-        raise Stopped
+    def stop_at_six(config, step, steps):
+        if step == 6:
+            raise Stopped
+        return lr_fraction(config, step, steps)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train_module.checkpoint, 'save', save_and_stop)
+        patch.setattr(train_module, 'lr_fraction', stop_at_six)
         train(halves)
+    assert len(rows_of(halves.out_dir)) == 6  # two rows past the checkpoint, which come again
     assert state_of(halves.out_dir)['step'] == 4
     torch.manual_seed(99)  # whatever else ran in between
     resumed = train(replace(halves, init_from='resume'))
