@@ -168,7 +168,7 @@ def test_text_splits_off_the_tail(tmp_path):
 
 
 def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
-    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\n' for i in range(200))
+    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny\n' for i in range(200))
     (tmp_path / 'a.txt').write_text(text)
     pieces = script('text')['pieces']
     whole = gpt2_tokenizer.encode(text).tolist()
@@ -182,7 +182,7 @@ def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
 
 
 def test_text_in_pieces_and_processes_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
-    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\n' for i in range(90_000))
+    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny\n' for i in range(90_000))
     assert len(text) > 3 * writer.PIECE_CHARS
     (tmp_path / 'a.txt').write_text(text)
     script('text')['prepare']([str(tmp_path / 'a.txt'), '--tokenizer=gpt2', f'--out={tmp_path / "out"}', '--workers=2'])
