@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 
 class Sees(NamedTuple):
-    """What a parameterization reacts to: exponents, 1 = sees the ratio, 0 = blind to it (ratio ** 0 = 1)."""
+    """What a parameterization reacts to: exponents on the ratios, 1 = sees it, 0 = blind; and its alpha."""
     width: int
     depth: int
     density: int
@@ -66,17 +66,18 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init):
     that every parameterization is the same model at the base shape (see test_base_equivalence).
     """
     fan_in = m_N * rho            # how many more inputs a hidden unit sums over than in the base model
+    std = fan_in ** -0.5          # keeps that sum's size
     branch = m_L ** -alpha        # multiplier on every residual branch
     depth = m_L ** (alpha - 1)    # the lr factor that goes with it: branch * depth = 1 / m_L for every alpha
     return {
-        # role                    init_std                   lr              weight_decay  eps           forward
-        'embedding':         Rule(1.0,                       1.0,            1.0,          1 / m_N,      1.0),
-        'block_norm':        Rule(0.0,                       depth,          0.0,          branch / m_N, 1.0),
-        'hidden_weight':     Rule(fan_in ** -0.5,            depth / fan_in, fan_in,       branch / m_N, 1.0),
-        'residual_proj':     Rule(gpt2_init * fan_in ** -0.5, depth / fan_in, fan_in,      branch / m_N, 1.0),
-        'hidden_bias':       Rule(0.0,                       depth,          0.0,          branch / m_N, 1.0),
-        'final_norm':        Rule(0.0,                       1.0,            0.0,          1 / m_N,      1.0),
-        'unembedding':       Rule(1.0,                       1.0,            1.0,          1 / m_N,      1 / m_N),
+        # role                    init_std         lr              weight_decay  eps           forward
+        'embedding':         Rule(1.0,             1.0,            1.0,          1 / m_N,      1.0),
+        'block_norm':        Rule(0.0,             depth,          0.0,          branch / m_N, 1.0),
+        'hidden_weight':     Rule(std,             depth / fan_in, fan_in,       branch / m_N, 1.0),
+        'residual_proj':     Rule(std * gpt2_init, depth / fan_in, fan_in,       branch / m_N, 1.0),
+        'hidden_bias':       Rule(0.0,             depth,          0.0,          branch / m_N, 1.0),
+        'final_norm':        Rule(0.0,             1.0,            0.0,          1 / m_N,      1.0),
+        'unembedding':       Rule(1.0,             1.0,            1.0,          1 / m_N,      1 / m_N),
         # multipliers without a tensor of their own
         'residual_branch':   Rule(forward=branch),
         'attention_logits':  Rule(forward=m_D ** -0.5),      # on top of 1/sqrt(head_dim)

@@ -1,3 +1,7 @@
-# The base shape, 2 layers x 256, on which to tune the hyperparameters that every other completep config inherits.
-# Hardware: any CPU. Time, loss: TODO
+# The base shape, 2 layers x 256, on which to tune the hyperparameters that completep_small inherits.
+# Hardware: any CPU. TIMELOSS
+from completep_small import *
+
 out_dir = 'out/completep_base'
+n_layer = 2
+n_embd = 256
