@@ -1,5 +1,8 @@
 """
 Checkpoints: written whole or not at all, the last two kept, read without running any code in them.
+
+They hold no state of a random generator because a run keeps none: data order, dropout, init and masks are functions of
+seeds, step and rank (see train.py).
 """
 import os
 import sys
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, first_line
 
 KEPT = 2
 
@@ -51,9 +54,8 @@ def load(out_dir):
     paths = find(out_dir)
     for path in paths:
         try:
-            return path, torch.load(path, map_location='cpu', weights_only=True)
+            return path, torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         except Exception as error:  # a damaged file can fail in any way
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(f'warning: {path} cannot be read ({reason}); trying the one before it', file=sys.stderr)
+            print(f'warning: {path} cannot be read ({first_line(error)}); trying the one before it', file=sys.stderr)
     found = f'none of {len(paths)} can be read' if paths else 'there is none'
     raise UserError(f"no checkpoint to load in '{out_dir}' ({found}): check out_dir, or start with --init_from=scratch")

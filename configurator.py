@@ -19,17 +19,22 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that says what was given, what is allowed and what to do."""
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def exit_on_user_error(main):
-    """Runs main(); a UserError becomes one line on stderr and exit code 2."""
+    """Runs main() and exits, with its code if it returns one; a UserError is one line and code 2, Ctrl-C 130."""
     try:
-        main()
+        code = main()
     except UserError as error:
-        sys.exit(report(error))
-
-
-def report(error):
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+        print(f'error: {error}', file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print('\nstopped', file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def check(key, value, types, where):
@@ -96,7 +101,7 @@ def configure(defaults, argv):
     for argument in argv:
         if argument in ('-h', '--help'):
             print(inspect.getsource(sys.modules[defaults.__module__]).split('"""')[1].strip() + '\n')
-            print(inspect.getsource(defaults))
+            print(inspect.getsource(defaults).split('    def __post_init__')[0])
             sys.exit(0)
         if argument.startswith('--'):
             key, value = read_flag(argument, types)

@@ -1,17 +1,20 @@
 """
-What this machine can do: device, dtype, whether torch.compile works, and the peak FLOP/s of known accelerators.
+What this machine can do: device, dtype, whether torch.compile works, peak FLOP/s; and joining a group of processes.
 """
+import os
+import re
+
 import torch
+import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, first_line
 
-PEAK_FLOPS = {  # dense bf16 (fp16 where the chip has no bf16) FLOP/s by a part of the device's name; first match wins
+PEAK_FLOPS = {  # dense bf16 (fp16 where the chip has no bf16) FLOP/s by the words of a device's name; first match wins
     'GB200': 2.5e15, 'B200': 2.25e15, 'B100': 1.75e15,
-    'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'GH200': 989e12, 'H800': 989e12,
-    'A100': 312e12, 'A800': 312e12, 'A10G': 70e12, 'A10': 125e12, 'A40': 150e12, 'A6000': 155e12, 'A30': 165e12,
-    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
-    'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12,
-    'MI355X': 2.5e15, 'MI325X': 1.307e15, 'MI300X': 1.307e15, 'MI250X': 383e12,
+    'H200': 989e12, 'GH200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H800': 989e12,
+    'A100': 312e12, 'A800': 312e12, 'A30': 165e12, 'A40': 150e12, 'RTX A6000': 155e12, 'A10': 125e12, 'A10G': 70e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12,
+    'MI355X': 2.5e15, 'MI325X': 1.307e15, 'MI300X': 1.307e15,
 }
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -22,11 +25,10 @@ def pick_device(name):
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=name)
+        return torch.empty(1, device=name).device  # 'cuda' becomes cuda:0, as set_device wants it
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device='{name}' does not work here ({reason}); use device='auto' or 'cpu'") from None
-    return torch.device(name)
+        reason = first_line(error)
+        raise UserError(f"device='{name}' does not work here ({reason}): use device='auto' or 'cpu'") from None
 
 
 def cpu_has_bf16():
@@ -39,7 +41,10 @@ def cpu_has_bf16():
 def pick_dtype(name, device):
     """The autocast dtype called `name`; 'auto' takes bf16 where the device computes in it. Raises UserError."""
     if name == 'auto':
-        bf16 = torch.cuda.is_bf16_supported() if device.type == 'cuda' else device.type == 'cpu' and cpu_has_bf16()
+        if device.type == 'cuda':
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            bf16 = device.type == 'cpu' and cpu_has_bf16()
         name = 'bfloat16' if bf16 else 'float16' if device.type == 'cuda' else 'float32'
     if name not in DTYPES:
         raise UserError(f"dtype='{name}' is not known: use auto, {', '.join(DTYPES)}")
@@ -51,16 +56,35 @@ def pick_dtype(name, device):
 
 def why_not_compile(device):
     """One line that says why torch.compile does not work here, or None where it does."""
+    if device.type == 'mps':
+        return 'not used on mps'
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
     except Exception as error:
-        return f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+        return f'{type(error).__name__}: {first_line(error)}'
     return None
 
 
-def peak_flops(device):
-    """Dense peak FLOP/s of the device, or None where it is not in the table."""
-    if device.type != 'cuda':
+def peak_flops(device, dtype):
+    """Dense peak FLOP/s of the device in 16 bits, or None where it is not in the table or the dtype is another."""
+    if device.type != 'cuda' or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if 'Laptop' in name:
+        return None
+    return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf'\b{words}\b', name)), None)
+
+
+def join_processes(device):
+    """Under torchrun: joins the process group and returns the device for this process. Raises UserError."""
+    if 'RANK' not in os.environ:
+        return device
+    if device not in ('auto', 'cuda', 'cpu'):
+        raise UserError(f"device='{device}' is not for several processes: use auto, cuda or cpu")
+    if device == 'cpu' or not torch.cuda.is_available():
+        dist.init_process_group('gloo')
+        return device
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    dist.init_process_group('nccl', device_id=torch.device(device))
+    return device

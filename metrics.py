@@ -1,15 +1,40 @@
 """
-What a run reports: lines or a progress bar on the terminal, metrics.csv, loss.png and, if asked, Weights & Biases.
+What a run reports: the table of rules, lines or a progress bar on the terminal, metrics.csv, summary.json, loss.png
+and, if asked, Weights & Biases.
 """
 import csv
+import json
+import math
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configurator import UserError
+from model import ROLES
 
+NUMBER = '{:.4g}'.format
 FIELDS = ('step', 'tokens', 'loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'tokens_per_s')
+
+
+def describe(model, optimizer):
+    """The table of rules as it applies to this model and optimizer, a line per role, as text."""
+    row = '{:<17}{:>14}{:>11}{:>11}{:>13}{:>11}{:>11}{:>12}'.format
+    lines = [row('role', 'parameters', 'init std', 'lr', 'weight decay', 'lr x wd', 'eps', 'forward x')]
+    groups = {group['role']: group for group in optimizer.param_groups}
+    forward = {'embedding': model.input_mult, 'unembedding': model.output_mult,
+               'attention_logits': model.transformer.h[0].attn.logit_mult}
+    for role, rule in model.config.rules.items():
+        values = ['-'] * 6
+        if role in groups:
+            g = groups[role]
+            values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(model.config.init_std * rule.init_std),
+                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(g['lr'] * g['weight_decay']), NUMBER(g['eps'])]
+        elif role in ROLES:  # no biases, or the tied unembedding
+            values[0] = '0'
+        lines.append(row(role, *values, NUMBER(forward.get(role, rule.forward))))
+    return '\n'.join(lines)
 
 
 def read(out_dir):
@@ -37,7 +62,8 @@ class Metrics:
         self.file = open(path, 'a', newline='')
         self.writer = csv.DictWriter(self.file, FIELDS, restval='')
         self.wandb = None
-        self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True, disable=None)
+        self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
+                        disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
 
     def start_wandb(self, project, name, config):
         """Raises UserError if wandb is not installed."""
@@ -55,7 +81,7 @@ class Metrics:
             self.wandb.log(row, step=row['step'])
         self.bar.update(row['step'] - self.bar.n)
         if 'loss' in row:
-            self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s{note}")
         text = f"step {row['step']:>6}/{self.steps}"
         if 'val_loss' in row:
             text += f" | val loss {row['val_loss']:.4f} | {row['bits_per_byte']:.4f} bits per byte"
@@ -67,11 +93,17 @@ class Metrics:
         elif 'val_loss' in row:
             self.bar.write(text)
 
-    def close(self):
+    def finish(self, summary, title):
+        """Closes, writes summary.json and returns the path of the plot."""
         self.bar.close()
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+        out_dir = Path(self.file.name).parent
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in summary.items()}  # JSON has neither infinity nor nan
+        (out_dir / 'summary.json').write_text(json.dumps(finite, indent=1))
+        return plot(out_dir, title)
 
 
 def plot(out_dir, title):

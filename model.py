@@ -107,7 +107,6 @@ def role_of(name):
 class GPTConfig:
     block_size: int = 1024         # longest context, tokens
     vocab_size: int = 50304        # rows of the (un)embedding; GPT-2's 50257 padded to a multiple of 64
-    real_vocab_size: int = 0       # ids from here up are padding and never sampled; 0: none is
     n_layer: int = 12
     n_embd: int = 768
     head_dim: int = 64             # n_head = n_embd / head_dim; keep it fixed while n_embd grows
@@ -127,6 +126,7 @@ class GPTConfig:
     base_head_dim: int = 64
     density: float = 1.0           # of attention and MLP weights, in (0, 1]
     mask_seed: int = 1             # draws the sparsity masks; nothing else does
+    real_vocab_size: int = 0       # ids from here up are padding and never sampled; 0: none is
 
     def __post_init__(self):
         """Raises ValueError with what was given, what is allowed and what to do."""
@@ -137,12 +137,13 @@ class GPTConfig:
                 f"choose one of {', '.join(PARAMETERIZATIONS)}")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd',
                      'base_head_dim'):
-            require(getattr(self, name) >= 1, name, 'use an integer of at least 1')
+            require(type(getattr(self, name)) is int and getattr(self, name) >= 1, name, 'use an integer of at least 1')
+        for name in ('init_std', 'input_mult', 'attn_mult', 'output_mult'):
+            require(0 <= getattr(self, name) < math.inf, name, 'use a finite value of at least 0')
         require(self.n_embd % self.head_dim == 0, 'n_embd', f'use a multiple of head_dim={self.head_dim}')
         require(0 <= self.real_vocab_size <= self.vocab_size, 'real_vocab_size', f'use 0..{self.vocab_size}')
         require(0 <= self.dropout < 1, 'dropout', 'use a value in [0, 1)')
         require(0 < self.density <= 1, 'density', 'use a value in (0, 1]; 1 is dense')
-        require(self.init_std >= 0, 'init_std', 'use a value of at least 0')
         require(self.alpha == 0 or 0.5 <= self.alpha <= 1, 'alpha',
                 "use a value in [0.5, 1], or 0 for the parameterization's own")
         deep = [name for name, sees in PARAMETERIZATIONS.items() if sees.depth]
@@ -254,8 +255,6 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
         self.input_mult = config.input_mult * config.rules['embedding'].forward
         self.output_mult = config.output_mult * config.rules['unembedding'].forward
         self.init_weights(generator)
@@ -263,6 +262,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator=None):
         """Draws every weight and every mask, in the order of their names: the only place that initialises."""
+        if self.config.tie_weights:  # here, because to_empty() unties
+            self.lm_head.weight = self.transformer.wte.weight
         rules = self.config.rules
         for name, p in self.named_parameters():
             role = role_of(name)
@@ -321,27 +322,6 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups.values(), lr=learning_rate, betas=betas, eps=eps,
                                  fused=device_type in ('cuda', 'cpu'))
 
-    def describe(self, optimizer):
-        """The table of rules as it applies to this model and optimizer, a line per role, as text."""
-        c = self.config
-        row = '{:<17}{:>14}{:>11}{:>11}{:>13}{:>11}{:>11}{:>12}'.format
-        number = '{:.4g}'.format
-        lines = [row('role', 'parameters', 'init std', 'lr', 'weight decay', 'lr x wd', 'eps', 'forward x')]
-        groups = {group['role']: group for group in optimizer.param_groups}
-        forward = {'embedding': self.input_mult, 'unembedding': self.output_mult,
-                   'attention_logits': self.transformer.h[0].attn.logit_mult}
-        for role, rule in c.rules.items():
-            values = ['-'] * 6
-            if role in groups:
-                g = groups[role]
-                values = [f'{sum(p.numel() for p in g["params"]):,}', number(c.init_std * rule.init_std),
-                          number(g['lr']), number(g['weight_decay']), number(g['lr'] * g['weight_decay']),
-                          number(g['eps'])]
-            elif role in ROLES:
-                values[0] = '(tied)' if role == 'unembedding' and c.tie_weights else '0'
-            lines.append(row(role, *values, number(forward.get(role, rule.forward))))
-        return '\n'.join(lines)
-
     def num_params(self):
         """Number of parameters, embeddings and masked weights included."""
         return sum(p.numel() for p in self.parameters())
@@ -376,9 +356,15 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, dropout=0.0, block_size=None):
-        """GPT-2 weights by name ('gpt2' .. 'gpt2-xl') or folder, through transformers; block_size crops the context."""
+        """GPT-2 weights by name ('gpt2' .. 'gpt2-xl') or folder, through transformers; block_size crops the context.
+
+        Raises ValueError if block_size is more than the weights have.
+        """
         from transformers import GPT2LMHeadModel
         hf = GPT2LMHeadModel.from_pretrained(model_type)
+        if (block_size or 0) > hf.config.n_positions:
+            raise ValueError(f'block_size={block_size} is more than the {hf.config.n_positions} positions of '
+                             f"'{model_type}': use at most that")
         shape = dict(n_layer=hf.config.n_layer, n_embd=hf.config.n_embd, head_dim=hf.config.n_embd // hf.config.n_head)
         config = GPTConfig(
             block_size=block_size or hf.config.n_positions, vocab_size=hf.config.vocab_size,

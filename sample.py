@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from configurator import UserError, configure, exit_on_user_error
+from configurator import UserError, configure, exit_on_user_error, first_line
 from dataset import get_tokenizer, prompt_ids
 from hardware import pick_device, pick_dtype
 from model import GPT, GPTConfig
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 @dataclass
@@ -36,17 +38,24 @@ class SampleConfig:
         for key, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0).items():
             if not getattr(self, key) >= least:
                 raise UserError(f'{key}={getattr(self, key)} is not allowed: use a value of at least {least}')
+        if self.init_from not in ('resume', *GPT2_NAMES):
+            raise UserError(f"init_from='{self.init_from}' is not known: use resume, {', '.join(GPT2_NAMES)}")
+
+
+def load_gpt2(name, **options):
+    """GPT.from_pretrained with errors for users. Raises UserError."""
+    try:
+        return GPT.from_pretrained(name, **options)
+    except ImportError:
+        raise UserError(f"init_from='{name}' needs transformers: pip install transformers") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from='{name}': {first_line(error)}") from None
 
 
 def load(config):
     """(model, tokenizer) on the CPU. Raises UserError."""
-    if config.init_from.startswith('gpt2'):
-        try:
-            return GPT.from_pretrained(config.init_from), get_tokenizer('gpt2')
-        except ImportError:
-            raise UserError(f"init_from='{config.init_from}' needs transformers: pip install transformers") from None
-        except OSError as error:
-            raise UserError(f"init_from='{config.init_from}': {str(error).splitlines()[0]}") from None
+    if config.init_from in GPT2_NAMES:
+        return load_gpt2(config.init_from), get_tokenizer('gpt2')
     _, state = checkpoint.load(config.out_dir)
     with torch.device('meta'):
         model = GPT(GPTConfig(**state['model_config']))

@@ -256,6 +256,27 @@ def test_parquet_sets(tmp_path, name, gpt2_tokenizer):
     assert not (tmp_path / 'out' / 'shards').exists()
 
 
+def test_a_bad_parquet_file_is_one_line(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({'body': ['x']}), tmp_path / 'a.parquet')
+    run = run_script('fineweb', '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out', '--tokenizer=byte')
+    assert run.returncode == 2 and "a.parquet' cannot be read" in run.stderr and 'Traceback' not in run.stderr
+    assert not list((tmp_path / 'out').glob('*.tmp*'))
+
+
+def test_an_error_while_processes_tokenise_does_not_hang(gpt2_tokenizer, tmp_path):
+    def documents():
+        for _ in range(30):
+            yield 'train', 'word ' * (writer.PIECE_CHARS // 5), True
+        raise UserError('enough')
+    with pytest.raises(UserError, match='enough'):
+        writer.write_dataset(tmp_path, documents(), gpt2_tokenizer, 'test', workers=2)
+    for _ in writer.tokenised(documents(), gpt2_tokenizer, 2):
+        break  # a reader that stops early
+    assert not list(tmp_path.iterdir())
+
+
 def test_parquet_sets_go_on_after_a_stop(tmp_path, monkeypatch):
     local_parquet(tmp_path, [[f'document {i} {j}' for j in range(5)] for i in range(3)])
     arguments = ['--input', str(tmp_path / '*.parquet'), '--tokenizer=byte', '--workers=1']

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import metrics
 import model as model_module
 from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
 
@@ -227,7 +228,7 @@ def test_exact_hyperparameters_per_tensor():
 
 def test_describe_shows_what_the_optimizer_has():
     model = make(n_layer=8, n_embd=128, parameterization='completep')
-    lines = model.describe(make_optimizer(model)).splitlines()
+    lines = metrics.describe(model, make_optimizer(model)).splitlines()
     row = next(line for line in lines if line.startswith('hidden_weight')).split()
     assert row == ['hidden_weight', f'{8 * 7 * 128 * 128:,}', '0.01', '0.0025', '0.4', '0.001', '6.25e-10', '1']
     assert len(lines) == 1 + len(model.config.rules)
@@ -467,18 +468,24 @@ def test_counts():
         assert GPT(replace(paper, n_layer=128)).num_params() - 2048 * 256 == 126_821_376
 
 
-def test_a_meta_model_can_be_filled_later():
-    config = replace(TINY, density=0.5)
+@pytest.mark.parametrize('tie_weights', [False, True])
+def test_a_meta_model_can_be_filled_later(tie_weights):
+    config = replace(TINY, density=0.5, tie_weights=tie_weights)
     with torch.device('meta'):
         model = GPT(config)
     model.to_empty(device='cpu').init_weights(torch.Generator().manual_seed(0))
     assert all(torch.equal(value, make(config).state_dict()[key]) for key, value in model.state_dict().items())
+    assert model.num_params() == make(config).num_params()
 
 
 @pytest.mark.parametrize('changes, message', [
     (dict(parameterization='mpu'), "parameterization='mpu' is not allowed: choose one of gpt2, sp, mup"),
     (dict(n_embd=40), 'n_embd=40 is not allowed: use a multiple of head_dim=16'),
     (dict(n_layer=0), 'n_layer=0 is not allowed: use an integer of at least 1'),
+    (dict(n_layer='12'), "n_layer='12' is not allowed"),
+    (dict(n_embd=32.0), 'n_embd=32.0 is not allowed'),
+    (dict(n_layer=True), 'n_layer=True is not allowed'),
+    (dict(output_mult=math.inf), 'output_mult=inf is not allowed'),
     (dict(base_n_embd=0), 'base_n_embd=0 is not allowed'),
     (dict(density=0.0), 'density=0.0 is not allowed: use a value in'),
     (dict(density=-0.5), 'density=-0.5 is not allowed'),
@@ -522,6 +529,8 @@ def test_gpt2_import(tiny_gpt2):
         cropped = GPT.from_pretrained(folder, block_size=8).eval()
         torch.testing.assert_close(cropped(idx[:, :8])[0], expected[:, :8], rtol=0,
                                    atol=1e-5 * expected.abs().max().item())
+    with pytest.raises(ValueError, match='block_size=64 is more than the 32 positions'):
+        GPT.from_pretrained(folder, block_size=64)
     assert model.config.n_head == 4 and model.config.parameterization == 'gpt2'
     assert model_module.GPT.from_pretrained(folder, dropout=0.3).transformer.drop.p == 0.3
 

@@ -261,10 +261,23 @@ def test_divergence_stops_before_the_step(tiny, monkeypatch, where):
     assert json.loads(Path(tiny.out_dir, 'summary.json').read_text())['val_loss'] is None
 
 
+def test_weights_that_broke_are_never_saved(tiny, monkeypatch):
+    forward = GPT.forward
+
+    def nan_when_validating(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        late = Path(tiny.out_dir, 'ckpt_000000004.pt').exists()
+        return logits, loss * math.nan if late and not self.training else loss
+    monkeypatch.setattr(GPT, 'forward', nan_when_validating)
+    summary = train(tiny)
+    assert summary['diverged_at'] == 8 and summary['best_val_loss'] < 6
+    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000004.pt']
+
+
 def test_divergence_exits_with_3_and_says_what_to_try(tiny):
     result = run('train.py', *flags(replace(tiny, learning_rate=1e30, grad_clip=0.0)))
     assert result.returncode == 3 and 'Traceback' not in result.stderr
-    assert 'stopped before the step was taken' in result.stdout and 'Try a lower learning_rate' in result.stdout
+    assert 'was not taken: loss' in result.stdout and 'Try a lower learning_rate' in result.stdout
 
 
 def test_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tiny, capsys):
@@ -307,9 +320,42 @@ def test_resume_as_another_model_lists_the_keys(tiny):
     train(tiny)
     with pytest.raises(UserError) as error:
         train(replace(tiny, init_from='resume', parameterization='mup', n_layer=4))
-    assert "cannot resume" in str(error.value) and "n_layer was 2, is 4" in str(error.value)
-    assert "parameterization was 'completep', is 'mup'" in str(error.value)
+    assert "init_from='resume' brings a model" in str(error.value) and 'its n_layer is 2, not 4' in str(error.value)
+    assert "its parameterization is 'completep', not 'mup'" in str(error.value)
     assert 'n_embd' not in str(error.value)
+
+
+def test_resume_on_another_tokenizer_is_an_error(tiny, tmp_path):
+    train(tiny)
+    write_dataset(tmp_path / 'chars', [(split, 'abc' * 200, True) for split in ('train', 'val')],
+                  CharTokenizer.of('abc'), 'test')
+    with pytest.raises(UserError, match="its tokenizer is 'byte', not 'char'"):
+        train(replace(tiny, init_from='resume', vocab_size=256, real_vocab_size=256, dataset=str(tmp_path / 'chars')))
+
+
+def test_gpt2_weights_are_for_gpt2_tokens_and_their_own_shape(tiny, monkeypatch, tmp_path):
+    def load_gpt2(name, dropout, block_size):
+        assert (name, dropout, block_size) == ('gpt2-medium', 0.0, 16)
+        return GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_embd=32, head_dim=16, tie_weights=True,
+                             parameterization='gpt2', real_vocab_size=50257))
+    monkeypatch.setattr(train_module, 'load_gpt2', load_gpt2)
+    fresh = TrainConfig(init_from='gpt2-medium', block_size=16, batch_tokens=32, max_iters=2, eval_tokens=64,
+                        dataset=tiny.dataset, out_dir=tiny.out_dir, compile=False, device='cpu')
+    with pytest.raises(UserError, match="its tokenizer is 'gpt2', not 'byte'"):
+        train(fresh)
+    with pytest.raises(UserError, match='its n_layer is 1, not 7; its tokenizer'):
+        train(replace(fresh, n_layer=7))
+
+    class Gpt2Sized(ByteTokenizer):
+        name, vocab_size = 'gpt2', 50257
+
+        def token_bytes(self, token):
+            return b'x'
+    write_dataset(tmp_path / 'gpt2', [(split, 'abc' * 200, True) for split in ('train', 'val')], Gpt2Sized(), 'test')
+    fresh = replace(fresh, dataset=str(tmp_path / 'gpt2'))
+    train(fresh)
+    assert train(replace(TrainConfig(**{**state_of(tiny.out_dir)['config'], 'init_from': 'resume'}), max_iters=3,
+                         eval_interval=1))['steps'] == 3
 
 
 def test_resume_takes_this_runs_hyperparameters_and_says_so(tiny, capsys):
@@ -354,12 +400,12 @@ def test_only_the_best_checkpoint_when_asked(tiny, monkeypatch):
     assert summary['best_val_loss'] == 2.0 and summary['val_loss'] == 6.0
 
 
-def test_eval_only_stops_and_keeps_the_rows(tiny):
+def test_eval_only_writes_nothing(tiny, capsys):
     val_loss = train(tiny)['val_loss']
-    rows = losses_of(tiny.out_dir)
-    summary = train(replace(tiny, init_from='resume', eval_only=True))
-    assert summary['val_loss'] == val_loss and summary['steps'] == 8
-    assert losses_of(tiny.out_dir) == rows
+    before = sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir())
+    assert train(replace(tiny, init_from='resume', eval_only=True))['val_loss'] == val_loss
+    assert f'validation loss {val_loss:.4f}' in capsys.readouterr().out
+    assert sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir()) == before
 
 
 def test_every_model_key_reaches_the_model(tiny):
@@ -442,17 +488,32 @@ def test_dtype_and_device_are_picked_or_refused(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device='cuda' does not work here"):
             hardware.pick_device('cuda')
-    assert hardware.peak_flops(cpu) is None
+    assert hardware.peak_flops(cpu, torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    assert hardware.pick_dtype('auto', torch.device('cuda')) == torch.float16  # bf16 only in emulation
+
+
+def test_a_cuda_device_has_its_index(monkeypatch):
+    class OnTheFirst:
+        device = torch.device('cuda', 0)
+    monkeypatch.setattr(torch, 'empty', lambda *size, device: OnTheFirst)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert hardware.pick_device('auto') == torch.device('cuda', 0)  # set_device refuses one without
+    with pytest.raises(UserError, match="device='cuda:1' is not for several processes"):
+        monkeypatch.setenv('RANK', '0')
+        hardware.join_processes('cuda:1')
 
 
 @pytest.mark.parametrize('name, flops', [
     ('NVIDIA H200', 989e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA B200', 2.25e15),
     ('NVIDIA GB200', 2.5e15), ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A10G', 70e12), ('NVIDIA A10', 125e12),
+    ('NVIDIA RTX A1000', None), ('NVIDIA RTX A4000', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
     ('NVIDIA L4', 121e12), ('NVIDIA L40S', 362e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Tesla T4', 65e12),
     ('Some Future Chip', None)])
 def test_peak_flops_by_name(monkeypatch, name, flops):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    assert hardware.peak_flops(torch.device('cuda')) == flops
+    assert hardware.peak_flops(torch.device('cuda'), torch.bfloat16) == flops
+    assert hardware.peak_flops(torch.device('cuda'), torch.float32) is None
 
 
 # -----------------------------------------------------------------------------
@@ -523,11 +584,14 @@ def test_files_and_flags_apply_from_left_to_right(tmp_path):
 
 @pytest.mark.parametrize('key, value, message', [
     ('schedule', 'step', "schedule='step' is not known: use linear, cosine or constant"),
-    ('learning_rate', -1.0, 'learning_rate=-1.0 is not allowed: use a value of at least 0'),
+    ('learning_rate', -1.0, 'learning_rate=-1.0 is not allowed: use a finite value of at least 0'),
+    ('learning_rate', math.inf, 'learning_rate=inf is not allowed'),
+    ('eps', 0.0, 'eps=0.0 is not allowed'),
+    ('init_from', 'resum', "init_from='resum' is not known: use scratch, resume, gpt2, gpt2-medium"),
     ('learning_rate', math.nan, 'learning_rate=nan is not allowed'),
     ('beta1', 1.0, 'beta1=1.0 is not allowed: use a value in [0, 1)'),
     ('warmup_frac', 2.0, 'warmup_frac=2.0 is not allowed: use a value in [0, 1]'),
-    ('max_iters', 0, 'max_iters=0 is not allowed: use a value of at least 1'),
+    ('max_iters', 0, 'max_iters=0 is not allowed: use a finite value of at least 1'),
     ('seed', -1, 'seed=-1 is not allowed'),
 ])
 def test_values_no_run_can_use(key, value, message):
@@ -558,6 +622,7 @@ def test_help_is_the_manual():
     for script in ('train.py', 'sample.py'):
         result = run(script, '--help')
         assert result.returncode == 0 and 'python ' + script in result.stdout and 'out_dir: str' in result.stdout
+        assert 'raise' not in result.stdout
 
 
 # -----------------------------------------------------------------------------
@@ -579,7 +644,8 @@ def test_sample(tiny, tmp_path):
     two = sample('--num_samples=2')
     assert '--- sample 1' in two and '--- sample 2' in two
     for args, message in ((['--start=FILE:nonesuch'], 'cannot be read'), (['--out_dir=nonesuch'], 'no checkpoint'),
-                          (['--temperature=-1'], 'temperature=-1.0 is not allowed')):
+                          (['--temperature=-1'], 'temperature=-1.0 is not allowed'),
+                          (['--init_from=gpt3'], "init_from='gpt3' is not known")):
         result = run('sample.py', f'--out_dir={tiny.out_dir}', *args)
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
 
@@ -609,7 +675,8 @@ def test_every_config_loads_and_builds(name):
     head = path.read_text().splitlines()
     assert head[0].startswith('# ') and 'Hardware' in head[1] + head[2]
     config = TrainConfig(**configure(TrainConfig, [str(path)]))
-    split_batch(config, 1)
+    for world_size in (1, 2, 4, 8):
+        split_batch(config, world_size)
     if config.init_from == 'scratch':
         shape = {key: getattr(config, key) for key in MODEL_KEYS}
         shape['vocab_size'] = config.vocab_size or 50304

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import metrics
-from configurator import UserError, configure, report
+from configurator import UserError, configure, exit_on_user_error
 from dataset import DATA_DIR, Dataset
-from hardware import peak_flops, pick_device, pick_dtype, why_not_compile
+from hardware import join_processes, peak_flops, pick_device, pick_dtype, why_not_compile
 from model import GPT, GPTConfig
-from sample import print_sample
+from sample import GPT2_NAMES, load_gpt2, print_sample
 
 
 @dataclass
@@ -96,15 +97,18 @@ class TrainConfig:
     def __post_init__(self):
         """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
         at_least = dict(block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0, learning_rate=0,
-                        weight_decay=0, tau_ema=0, eps=0, grad_clip=0, eval_interval=1, eval_tokens=1, log_interval=1,
-                        sample_tokens=0, seed=0, vocab_size=0)
+                        weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, eval_interval=1, eval_tokens=1,
+                        log_interval=1, sample_tokens=0, seed=0, vocab_size=0)
         for key, least in at_least.items():
-            if not getattr(self, key) >= least:  # `not >=` refuses nan too
-                raise UserError(f'{key}={getattr(self, key)} is not allowed: use a value of at least {least}')
-        for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
             value = getattr(self, key)
-            if not 0 <= value <= 1 or (key.startswith('beta') and value == 1):
-                raise UserError(f"{key}={value} is not allowed: use a value in [0, 1{')' if 'beta' in key else ']'}")
+            if not least <= value < (2**63 if isinstance(value, int) else math.inf):  # refuses nan, too
+                raise UserError(f'{key}={value} is not allowed: use a finite value of at least {least}')
+        for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
+            value, end = getattr(self, key), ')' if key.startswith('beta') else ']'
+            if not 0 <= value <= 1 or (value == 1 and end == ')'):
+                raise UserError(f'{key}={value} is not allowed: use a value in [0, 1{end}')
+        if self.init_from not in ('scratch', 'resume', *GPT2_NAMES):
+            raise UserError(f"init_from='{self.init_from}' is not known: use scratch, resume, {', '.join(GPT2_NAMES)}")
         if self.schedule not in ('linear', 'cosine', 'constant'):
             raise UserError(f"schedule='{self.schedule}' is not known: use linear, cosine or constant")
         if self.tau_ema and self.weight_decay:
@@ -114,6 +118,9 @@ class TrainConfig:
             raise UserError('tau_ema needs learning_rate > 0: weight_decay = 1 / (tau_ema * learning_rate * steps)')
 
 
+# every rank has the same buffers, the masks: DDP need not send them; torch 2.13 renamed the option
+SYNC_BUFFERS = 'forward_sync_buffers' if 'forward_sync_buffers' in signature(DistributedDataParallel).parameters \
+    else 'broadcast_buffers'
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
 
 
@@ -147,9 +154,9 @@ def split_batch(config, world_size):
     return sequences, local, local // batch_size
 
 
-def open_dataset(name, rank):
+def open_dataset(name):
     """The dataset called `name`; the embedded one is prepared when it is missing. Raises UserError."""
-    if name == 'stdlib' and rank == 0 and not (DATA_DIR / name / 'meta.json').exists():
+    if name == 'stdlib' and os.environ.get('LOCAL_RANK', '0') == '0' and not (DATA_DIR / name / 'meta.json').exists():
         print('preparing data/stdlib, the source text of the Python standard library (once)')
         runpy.run_path(str(DATA_DIR / name / 'prepare.py'))['prepare']()
     if dist.is_initialized():
@@ -158,34 +165,39 @@ def open_dataset(name, rank):
 
 
 def build_model(config, data, saved):
-    """A new model, one that continues `saved`, or GPT-2. Raises UserError where the config does not fit."""
+    """A new model, GPT-2, or the one in the checkpoint `saved`; the last two must fit the config and the dataset.
+
+    Raises UserError where they do not.
+    """
     c = config
-    if c.init_from.startswith('gpt2'):
-        try:
-            model = GPT.from_pretrained(c.init_from, dropout=c.dropout, block_size=c.block_size)
-        except ImportError:
-            raise UserError(f"init_from='{c.init_from}' needs transformers: pip install transformers") from None
-        except OSError as error:
-            raise UserError(f"init_from='{c.init_from}': {str(error).splitlines()[0]}") from None
+    shape = {key: getattr(c, key) for key in MODEL_KEYS}
+    shape['vocab_size'] = c.vocab_size or data.vocab_size
+    shape['real_vocab_size'] = c.real_vocab_size or min(data.real_vocab_size, shape['vocab_size'])
+    tokenizer, differ = data.meta, []
+    if c.init_from in GPT2_NAMES:
+        model = load_gpt2(c.init_from, dropout=c.dropout, block_size=c.block_size)
+        tokenizer = dict(tokenizer='gpt2')
+        differ = [f'{key} is {value!r}, not {shape[key]!r}' for key, value in asdict(model.config).items()
+                  if getattr(c, key) not in (value, getattr(TrainConfig, key))]
     else:
-        shape = {key: getattr(c, key) for key in MODEL_KEYS}
-        shape['vocab_size'] = c.vocab_size or data.vocab_size
-        shape['real_vocab_size'] = c.real_vocab_size or min(data.real_vocab_size, shape['vocab_size'])
         try:
-            model_config = GPTConfig(**shape)
+            model = GPT(GPTConfig(**shape), torch.Generator().manual_seed(c.seed))
         except ValueError as error:
             raise UserError(error) from None
-        if saved:
-            differ = [f'{key} was {value!r}, is {shape[key]!r}' for key, value in saved['model_config'].items()
-                      if shape[key] != value and key != 'dropout']
-            if differ:
-                raise UserError(f"cannot resume '{c.out_dir}' as another model: {'; '.join(differ)}")
-        model = GPT(model_config, torch.Generator().manual_seed(c.seed))
-        if saved:
-            model.load_state_dict(saved['model'])
+    if saved:
+        tokenizer = saved['meta']
+        differ = [f'{key} is {value!r}, not {shape.get(key)!r}' for key, value in saved['model_config'].items()
+                  if shape.get(key) != value and key != 'dropout']
+    differ += [f'{key} is {tokenizer.get(key)!r}, not {data.meta.get(key)!r}' for key in ('tokenizer', 'chars')
+               if tokenizer.get(key) != data.meta.get(key)]
+    if differ:
+        raise UserError(f"init_from='{c.init_from}' brings a model that this config does not describe: its "
+                        f"{'; its '.join(differ)}")
     if data.real_vocab_size > model.config.vocab_size:
         raise UserError(f"dataset '{c.dataset}' has {data.real_vocab_size} ids, the model vocab_size="
-                        f'{model.config.vocab_size}: use vocab_size=0 for the dataset\'s own, or another dataset')
+                        f"{model.config.vocab_size}: use vocab_size=0 for the dataset's own, or another dataset")
+    if saved:
+        model.load_state_dict(saved['model'])
     return model
 
 
@@ -198,25 +210,21 @@ def train(config):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     main_process = rank == 0
     say = print if main_process else (lambda *args: None)
-
-    # machine
-    device_name = c.device
-    if world_size > 1 and c.device in ('auto', 'cuda') and torch.cuda.is_available():
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(device_name)
+    device = pick_device(c.device)
+    dtype = pick_dtype(c.dtype, device)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
-    dtype = pick_dtype(c.dtype, device)
+        # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision('highest' if dtype == torch.float32 else 'high')
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     sequences, local_sequences, accumulation = split_batch(c, world_size)
     batch_size = local_sequences // accumulation
 
     # data, model, optimizer
-    data = open_dataset(c.dataset, rank)
+    data = open_dataset(c.dataset)
     saved_path, saved = checkpoint.load(c.out_dir) if c.init_from == 'resume' else (None, None)
-    if not saved and checkpoint.find(c.out_dir) and not c.overwrite:
+    if not saved and checkpoint.find(c.out_dir) and not (c.overwrite or c.eval_only):
         raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with it, "
                         'another --out_dir, or --overwrite=True to lose them')
     model = build_model(c, data, saved).to(device)
@@ -229,35 +237,33 @@ def train(config):
     first_step, best_val_loss = 0, math.inf
     if saved:
         first_step, best_val_loss = saved['step'], saved['best_val_loss']
+        if first_step > steps:
+            raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters")
         # its moments, but this run's lr, weight decay, eps and betas
-        saved['optimizer']['param_groups'] = optimizer.state_dict()['param_groups']
-        optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
-        changed = [f'{key} {saved["config"][key]} -> {value}' for key, value in asdict(c).items()
-                   if saved['config'].get(key, value) != value and key not in ('init_from', 'out_dir', 'overwrite')]
+        optimizer.load_state_dict({**saved['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        if saved['scaler'] and scaler.is_enabled():
+            scaler.load_state_dict(saved['scaler'])
+        changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(c).items()
+                   if saved['config'].get(key) != value and key not in ('init_from', 'out_dir', 'overwrite')]
         say(f"resuming {saved_path} at step {first_step}{', with ' if changed else ''}{', '.join(changed)}")
-    elif main_process:
-        for old in checkpoint.find(c.out_dir) if c.overwrite else []:
-            old.unlink()
-    if first_step > steps:
-        raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters")
+        saved = None  # frees the memory
 
     say(f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '
         f'{c.block_size} = {world_size} process(es) x {accumulation} micro-batch(es) x {batch_size}; '
         f'{steps * c.batch_tokens:,} tokens on {device}, {str(dtype)[6:]}')
     say(f'{c.parameterization}: {c.n_layer} layers x {c.n_embd}, density {c.density:g}; base {c.base_n_layer} x '
-        f'{c.base_n_embd}\n{model.describe(optimizer)}')
+        f'{c.base_n_embd}\n{metrics.describe(model, optimizer)}')
     if c.compile:
         reason = why_not_compile(device)
         if reason:
             say(f'running without torch.compile: {reason}')
         else:
-            model.compile()
+            model.compile(dynamic=False)
     ddp_model = model
-    if world_size > 1:  # buffers are masks, which every rank has already
+    if world_size > 1:
         ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
-                                            broadcast_buffers=False)
-    peak = peak_flops(device)
+                                            **{SYNC_BUFFERS: False})
+    peak = peak_flops(device, dtype)
 
     def sum_over_ranks(value):
         if world_size > 1:
@@ -278,7 +284,7 @@ def train(config):
         return sum_over_ranks(total).item() / len(starts)
 
     log = None
-    if main_process:
+    if main_process and not c.eval_only:
         try:
             os.makedirs(c.out_dir, exist_ok=True)
             Path(c.out_dir, 'config.json').write_text(json.dumps(asdict(c), indent=1))
@@ -287,24 +293,32 @@ def train(config):
             raise UserError(f"out_dir='{c.out_dir}' cannot be written: {error}") from None
         if c.wandb_log:
             log.start_wandb(c.wandb_project, c.wandb_run_name or c.out_dir, asdict(c))
+        for old in checkpoint.find(c.out_dir) if first_step == 0 else []:
+            old.unlink()  # overwrite=True
 
     # the loop: at step k the loss of batch k, and the validation loss, belong to the weights after k updates
-    val_loss, loss, diverged_at = math.inf, math.nan, None
+    val_loss, loss, grad_norm, diverged_at = math.inf, math.nan, math.nan, None
     train_s, timed_steps, started = 0.0, 0, time.perf_counter()
     model.train()
     for step in range(first_step, steps + 1):
         row = dict(step=step, tokens=step * c.batch_tokens)
         if step % c.eval_interval == 0 or step == steps or c.eval_only:
             val_loss = evaluate()
+            if not math.isfinite(val_loss):
+                diverged_at = step
+                break
             row.update(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token)
             improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            if main_process and step > first_step and (improved or c.always_save_checkpoint):
+            if log and step > first_step and (improved or c.always_save_checkpoint):
                 checkpoint.save(c.out_dir, dict(
                     step=step, tokens=step * c.batch_tokens, best_val_loss=best_val_loss, model=model.state_dict(),
                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=asdict(c),
                     model_config=asdict(model.config), meta=data.meta))
-        if step == steps or c.eval_only:
-            if main_process:
+        if c.eval_only:
+            say(f"validation loss {val_loss:.4f}, {row['bits_per_byte']:.4f} bits per byte")
+            break
+        if step == steps:
+            if log:
                 log.write(row)
             break
 
@@ -346,28 +360,24 @@ def train(config):
             train_s, timed_steps = 0.0, 0
             if peak:
                 note = f' | {model.flops_per_token() * tokens_per_s / world_size / peak:.1%} MFU'
-        if main_process and len(row) > 2:
+        if log and len(row) > 2:
             log.write(row, note)
 
+    if diverged_at is not None:
+        kept = checkpoint.find(c.out_dir)
+        say(f'step {step} was not taken: loss {loss}, gradient norm {grad_norm}, validation loss {val_loss}. '
+            f"{f'The last good checkpoint is {kept[0]}. ' if kept else 'There is no checkpoint yet. '}"
+            'Try a lower learning_rate, a longer warmup_frac, a smaller grad_clip, or dtype=float32.')
+        val_loss = math.inf
     summary = dict(
         val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
         last_train_loss=loss, steps=step, tokens=step * c.batch_tokens, params=model.num_params(),
         weight_decay=weight_decay, seconds=time.perf_counter() - started, diverged_at=diverged_at,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, dtype=str(dtype)[6:],
         processes=world_size, torch=torch.__version__, config=asdict(c))
-    if diverged_at is not None:
-        summary.update(val_loss=math.inf, bits_per_byte=math.inf)
-        kept = checkpoint.find(c.out_dir)
-        say(f'loss {loss} and gradient norm {grad_norm} at step {step}: stopped before the step was taken. '
-            f"{f'The last good checkpoint is {kept[0]}. ' if kept else 'There is no checkpoint yet. '}"
-            'Try a lower learning_rate, a longer warmup_frac, a smaller grad_clip, or dtype=float32.')
-    if main_process:
-        log.close()
-        finite = {key: None if value in (math.inf, -math.inf) or value != value else value
-                  for key, value in summary.items()}  # JSON has neither infinity nor nan
-        Path(c.out_dir, 'summary.json').write_text(json.dumps(finite, indent=1))
+    if log:
         title = f'{c.parameterization}, {c.n_layer} layers x {c.n_embd}, {model.num_params():,} parameters'
-        say(f'loss curve: {metrics.plot(c.out_dir, title)}')
+        say(f'loss curve: {log.finish(summary, title)}')
         if c.sample_tokens and diverged_at is None:
             say(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
             print_sample(model.eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)
@@ -375,36 +385,23 @@ def train(config):
 
 
 def read_config(argv):
-    """TrainConfig from the command line; a resumed run starts from the config it was saved with. Raises UserError."""
+    """TrainConfig from the command line; a resumed run starts from the config in its checkpoint. Raises UserError."""
     overrides = configure(TrainConfig, argv)
-    saved = Path(overrides.get('out_dir', TrainConfig.out_dir), 'config.json')
-    if overrides.get('init_from') == 'resume' and saved.exists():
-        try:
-            known = json.loads(saved.read_text())
-        except ValueError as error:
-            raise UserError(f"'{saved}' is damaged ({error}): delete it and give the run's config again") from None
-        keys = {field.name for field in fields(TrainConfig)} - {'overwrite', 'eval_only'}
+    if overrides.get('init_from') == 'resume':
+        known = checkpoint.load(overrides.get('out_dir', TrainConfig.out_dir))[1]['config']
+        keys = {field.name for field in fields(TrainConfig)} - {'out_dir', 'overwrite', 'eval_only'}
         overrides = {**{key: value for key, value in known.items() if key in keys}, **overrides}
     return TrainConfig(**overrides)
 
 
 def main():
-    code = 0
-    try:
-        config = read_config(sys.argv[1:])
-        if 'RANK' in os.environ:  # started by torchrun
-            dist.init_process_group('nccl' if torch.cuda.is_available() and config.device != 'cpu' else 'gloo')
-        if train(config)['diverged_at'] is not None:
-            code = 3
-    except UserError as error:
-        code = report(error)
-    except KeyboardInterrupt:
-        print('\nstopped; --init_from=resume goes on from the last checkpoint', file=sys.stderr)
-        code = 130
+    """Returns the exit code: 0, or 3 for a run that diverged. Raises UserError."""
+    config = read_config(sys.argv[1:])
+    summary = train(replace(config, device=join_processes(config.device)))
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
+    return 0 if summary['diverged_at'] is None else 3
 
 
 if __name__ == '__main__':
-    main()
+    exit_on_user_error(main)

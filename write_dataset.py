@@ -6,18 +6,18 @@ data/*/prepare.py are thin scripts over write_dataset (any documents) and write_
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 import urllib.request
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, first_line
 from dataset import get_tokenizer
 
 PIECE_CHARS = 1 << 20  # work is handed out in pieces of about this size
@@ -77,17 +77,17 @@ def tokenised(documents, tokenizer, workers):
         for batch in batches():
             yield from Tokenise(tokenizer)(batch)
         return
-    slots = threading.Semaphore(4 * workers)  # without it imap reads all documents into memory at once
-
-    def taken():
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(Tokenise(tokenizer),))
+    pending = deque()
+    try:
         for batch in batches():
-            slots.acquire()
-            yield batch
-
-    with multiprocessing.Pool(workers, start_worker, (Tokenise(tokenizer),)) as pool:
-        for results in pool.imap(run_worker, taken()):
-            slots.release()
-            yield from results
+            pending.append(pool.submit(run_worker, batch))
+            if len(pending) > 4 * workers:  # read no further ahead than that
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_tokens(documents, tokenizer, paths, workers, progress):
@@ -208,9 +208,13 @@ def parquet_documents(file, val_every):
         from datasets import load_dataset
     except ImportError:
         raise UserError('this needs the Hugging Face library datasets: pip install datasets') from None
-    rows = load_dataset('parquet', data_files=[file], split='train', streaming=True, columns=['text'])
-    for i, row in enumerate(rows):
-        yield 'train' if i % val_every else 'val', row['text'], True
+    try:
+        rows = load_dataset('parquet', data_files=[file], split='train', streaming=True, columns=['text'])
+        for i, row in enumerate(rows):
+            yield 'train' if i % val_every else 'val', row['text'] or '', True
+    except Exception as error:  # whatever the network or the file does
+        raise UserError(f"'{file}' cannot be read ({type(error).__name__}: {first_line(error)}): run this again, "
+                        'finished shards are kept') from None
 
 
 def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
@@ -245,16 +249,23 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
             os.replace(temporary, done)
         shards.append((paths, json.loads(done.read_text())['sha256']))
     merged = temporary_paths(args.out)
-    for split, target in merged.items():
-        with open(target, 'wb') as out:
-            for paths, _ in shards:
-                with open(paths[split], 'rb') as file:
-                    shutil.copyfileobj(file, out)
-    sha256 = hashlib.sha256(''.join(sha256 for _, sha256 in shards).encode()).hexdigest()
-    meta = commit(args.out, merged, tokenizer, f'{args.input or f"{repo}@{revision}"} ({len(files)} files)', sha256)
-    for path in shard_dir.iterdir():
-        path.unlink()
-    shard_dir.rmdir()
+    try:
+        for split, target in merged.items():
+            with open(target, 'wb') as out:
+                for paths, _ in shards:
+                    with open(paths[split], 'rb') as file:
+                        shutil.copyfileobj(file, out)
+        sha256 = hashlib.sha256(''.join(sha256 for _, sha256 in shards).encode()).hexdigest()
+        source = f'{args.input or f"{repo}@{revision}"} ({len(files)} files)'
+        meta = commit(args.out, merged, tokenizer, source, sha256)
+    finally:
+        for path in merged.values():
+            path.unlink(missing_ok=True)
+    for paths, _ in shards:
+        for path in (*paths.values(), paths['train'].with_suffix('.json')):
+            path.unlink()
+    if not any(shard_dir.iterdir()):
+        shard_dir.rmdir()
     return meta
 
 

@@ -3,7 +3,7 @@
 out_dir = 'out/completep_124m'
 dataset = 'fineweb'
 block_size = 1024
-batch_tokens = 480 * 1024
+batch_tokens = 512 * 1024
 batch_size = 16
 tokens_per_param = 20.0
 

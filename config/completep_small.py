@@ -1,4 +1,4 @@
-# The first run: 8 layers x 128 on the source text of the Python standard library, with hyperparameters of a 2-layer base.
+# The first run: 8 layers x 128 on the source text of Python's standard library, hyperparameters of a 2-layer base.
 # Hardware: any CPU. TIMELOSS
 out_dir = 'out/completep_small'
 dataset = 'stdlib'

@@ -2,6 +2,7 @@
 # Hardware: one GPU with 40 GB. Time: not measured. Loss: not measured.
 out_dir = 'out/shakespeare'
 init_from = 'gpt2-xl'
+parameterization = 'gpt2'
 dataset = 'shakespeare'
 block_size = 1024
 batch_size = 1

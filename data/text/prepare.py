@@ -48,15 +48,15 @@ def open_text(path):
 def pieces(file):
     """(text, ends_document) of a text file, cut where tokenising the parts gives the tokens of the whole.
 
-    That is at a line break with no white space on either side; a file without one is cut wherever it must be.
+    That is before a single space; a file without one is cut wherever it must be.
     """
     text = ''
     while more := file.read(PIECE_CHARS):
         text += more
         if len(text) >= 2 * PIECE_CHARS:
-            breaks = [match.end() for match in re.finditer(r'\S\n(?=\S)', text[PIECE_CHARS:])]
-            cut = PIECE_CHARS + breaks[-1] if breaks else 0 if len(text) < 16 * PIECE_CHARS else len(text)
-            if cut:
+            spaces = [match.end() for match in re.finditer(r'\S(?= \S)', text[PIECE_CHARS:])]
+            if spaces or len(text) >= 16 * PIECE_CHARS:
+                cut = PIECE_CHARS + spaces[-1] if spaces else len(text)
                 yield text[:cut], False
                 text = text[cut:]
     yield text, True
@@ -111,7 +111,8 @@ def prepare(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.val_frac < 1:
         raise UserError(f'--val_frac={args.val_frac} is not allowed: use a fraction between 0 and 1')
-    train, val = find_files(args.inputs), find_files(args.val)
+    val = find_files(args.val)
+    train = [path for path in find_files(args.inputs) if path not in set(val)]
 
     def all_documents():
         yield from documents(train, 'train', args.column)
