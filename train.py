@@ -6,6 +6,7 @@ Train a GPT. Config files and flags apply from left to right; --help lists every
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py  one machine with 8 GPUs
     python train.py --out_dir=out/16 --init_from=resume                     go on where it stopped
 """
+import gc
 import json
 import math
 import os
@@ -399,6 +400,7 @@ def main():
     config = read_config(sys.argv[1:])
     summary = train(replace(config, device=join_processes(config.device)))
     if dist.is_initialized():
+        gc.collect()  # DDP's cycles hold the group: without this its threads can outlive it and abort the process
         dist.destroy_process_group()
     return 0 if summary['diverged_at'] is None else 3
 
