@@ -121,6 +121,8 @@ def plot(out_dir, title):
         points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
         if points:
             axes.plot(*zip(*points), label=label, **style)
+        if len(points) > 40:  # let the first few steps run off the top: they would flatten all the rest
+            axes.set_ylim(top=1.1 * points[len(points) // 40][1])
     axes.set(xlabel='tokens', ylabel='loss (nats per token)', title=title)
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))  # 1.5M instead of 1.5 and, in the corner, 1e6
     axes.grid(alpha=0.3)

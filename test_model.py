@@ -44,56 +44,56 @@ def train_steps(model, optimizer, steps, config=TINY):
 # -----------------------------------------------------------------------------
 # The table
 
-# m_N = 4, m_L = 8, rho = 1/4, typed by hand from the papers' tables: (init std, lr, weight decay, eps) by role,
-# then the multipliers of the residual branch and of the logits
-PLAIN = dict(embedding=(1, 1, 1, 1), block_norm=(0, 1, 0, 1), hidden_weight=(1, 1, 1, 1), residual_proj=(1, 1, 1, 1),
-             hidden_bias=(0, 1, 0, 1), final_norm=(0, 1, 0, 1), unembedding=(1, 1, 1, 1))
-GOLDEN = {
-    'sp': (PLAIN, 1, 1),
-    'gpt2': ({**PLAIN, 'residual_proj': (0.17677669529663687, 1, 1, 1)}, 1, 1),  # 1/sqrt(2 * 16 layers)
-    'mup': (dict(
-        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.25), hidden_weight=(0.5, 0.25, 4, 0.25),
-        residual_proj=(0.5, 0.25, 4, 0.25), hidden_bias=(0, 1, 0, 0.25), final_norm=(0, 1, 0, 0.25),
-        unembedding=(1, 1, 1, 0.25)), 1, 0.25),
-    'depth_mup': (dict(
-        embedding=(1, 1, 1, 0.25), block_norm=(0, 0.35355339059327373, 0, 0.08838834764831843),
-        hidden_weight=(0.5, 0.08838834764831843, 4, 0.08838834764831843),
-        residual_proj=(0.5, 0.08838834764831843, 4, 0.08838834764831843),
-        hidden_bias=(0, 0.35355339059327373, 0, 0.08838834764831843), final_norm=(0, 1, 0, 0.25),
-        unembedding=(1, 1, 1, 0.25)), 0.35355339059327373, 0.25),
-    'completep': (dict(
-        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.03125), hidden_weight=(0.5, 0.25, 4, 0.03125),
-        residual_proj=(0.5, 0.25, 4, 0.03125), hidden_bias=(0, 1, 0, 0.03125), final_norm=(0, 1, 0, 0.25),
-        unembedding=(1, 1, 1, 0.25)), 0.125, 0.25),
-    'supar': (dict(  # m_N * rho = 1
-        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.25), hidden_weight=(1, 1, 1, 0.25),
-        residual_proj=(1, 1, 1, 0.25), hidden_bias=(0, 1, 0, 0.25), final_norm=(0, 1, 0, 0.25),
-        unembedding=(1, 1, 1, 0.25)), 1, 0.25),
-    'completep_supar': (dict(
-        embedding=(1, 1, 1, 0.25), block_norm=(0, 1, 0, 0.03125), hidden_weight=(1, 1, 1, 0.03125),
-        residual_proj=(1, 1, 1, 0.03125), hidden_bias=(0, 1, 0, 0.03125), final_norm=(0, 1, 0, 0.25),
-        unembedding=(1, 1, 1, 0.25)), 0.125, 0.25),
-}
+# Typed by hand from the papers' tables, for every name at (m_N, m_L, rho):
+# init std, lr and weight decay of hidden weights; lr of norms and biases in blocks; eps in blocks, eps elsewhere;
+# residual multiplier, logits multiplier
+GOLDEN = [
+    ((4, 8, 0.25), 'sp',              (1, 1, 1), 1, (1, 1), (1, 1)),
+    ((4, 8, 0.25), 'gpt2',            (1, 1, 1), 1, (1, 1), (1, 1)),
+    ((4, 8, 0.25), 'mup',             (0.5, 0.25, 4), 1, (0.25, 0.25), (1, 0.25)),
+    ((4, 8, 0.25), 'depth_mup',       (0.5, 0.08838834764831843, 4), 0.35355339059327373,
+                                      (0.08838834764831843, 0.25), (0.35355339059327373, 0.25)),
+    ((4, 8, 0.25), 'completep',       (0.5, 0.25, 4), 1, (0.03125, 0.25), (0.125, 0.25)),
+    ((4, 8, 0.25), 'supar',           (1, 1, 1), 1, (0.25, 0.25), (1, 0.25)),  # m_N * rho = 1
+    ((4, 8, 0.25), 'completep_supar', (1, 1, 1), 1, (0.03125, 0.25), (0.125, 0.25)),
+    ((8, 4, 0.5), 'sp',               (1, 1, 1), 1, (1, 1), (1, 1)),
+    ((8, 4, 0.5), 'gpt2',             (1, 1, 1), 1, (1, 1), (1, 1)),
+    ((8, 4, 0.5), 'mup',              (0.35355339059327373, 0.125, 8), 1, (0.125, 0.125), (1, 0.125)),
+    ((8, 4, 0.5), 'depth_mup',        (0.35355339059327373, 0.0625, 8), 0.5, (0.0625, 0.125), (0.5, 0.125)),
+    ((8, 4, 0.5), 'completep',        (0.35355339059327373, 0.125, 8), 1, (0.03125, 0.125), (0.25, 0.125)),
+    ((8, 4, 0.5), 'supar',            (0.5, 0.25, 4), 1, (0.125, 0.125), (1, 0.125)),
+    ((8, 4, 0.5), 'completep_supar',  (0.5, 0.25, 4), 1, (0.03125, 0.125), (0.25, 0.125)),
+    # the same at alpha = 3/4
+    ((4, 8, 0.25, 0.75), 'depth_mup', (0.5, 0.14865088937534013, 4), 0.5946035575013605,
+                                      (0.05255602595335716, 0.25), (0.21022410381342863, 0.25)),
+    ((4, 8, 0.25, 0.75), 'completep', (0.5, 0.14865088937534013, 4), 0.5946035575013605,
+                                      (0.05255602595335716, 0.25), (0.21022410381342863, 0.25)),
+    ((4, 8, 0.25, 0.75), 'completep_supar', (1, 0.5946035575013605, 1), 0.5946035575013605,
+                                            (0.05255602595335716, 0.25), (0.21022410381342863, 0.25)),
+]
+GPT2_PROJECTIONS = {8: 0.17677669529663687, 4: 0.25}  # 1/sqrt(2 n_layer) for n_layer = 2 m_L
 BIG = replace(TINY, n_layer=16, n_embd=128, density=0.25)
 
 
-@pytest.mark.parametrize('name', PARAMETERIZATIONS)
-def test_golden_multipliers(name):
-    rules = replace(BIG, parameterization=name).rules
-    by_role, branch, logits = GOLDEN[name]
-    for role, expected in by_role.items():
-        assert rules[role][:4] == pytest.approx(expected, rel=1e-12), role
-    assert rules['residual_branch'].forward == pytest.approx(branch, rel=1e-12)
-    assert rules['unembedding'].forward == pytest.approx(logits, rel=1e-12)
-    assert rules['embedding'].forward == 1
+@pytest.mark.parametrize('at, name, hidden, vector_lr, eps, forward', GOLDEN)
+def test_golden_multipliers(at, name, hidden, vector_lr, eps, forward):
+    m_N, m_L, rho, alpha = (*at, 0.0)[:4]
+    rules = replace(TINY, n_embd=32 * m_N, n_layer=2 * m_L, density=rho, alpha=alpha, parameterization=name).rules
+    std, lr, weight_decay = hidden
+    inside, outside = eps
+    projections = std * GPT2_PROJECTIONS[m_L] if name == 'gpt2' else std
+    expected = dict(
+        embedding=(1, 1, 1, outside, 1), block_norm=(0, vector_lr, 0, inside, 1),
+        hidden_weight=(std, lr, weight_decay, inside, 1), residual_proj=(projections, lr, weight_decay, inside, 1),
+        hidden_bias=(0, vector_lr, 0, inside, 1), final_norm=(0, 1, 0, outside, 1),
+        unembedding=(1, 1, 1, outside, forward[1]))
+    assert set(expected) == set(ROLES)
+    for role in ROLES:
+        assert rules[role] == pytest.approx(expected[role], rel=1e-12), role
+    assert rules['residual_branch'].forward == pytest.approx(forward[0], rel=1e-12)
 
 
 def test_golden_multipliers_elsewhere():
-    rules = replace(TINY, n_layer=16, n_embd=128, parameterization='completep', alpha=0.75).rules
-    assert rules['residual_branch'].forward == pytest.approx(0.21022410381342863, rel=1e-12)
-    assert rules['hidden_weight'].lr == pytest.approx(0.14865088937534013, rel=1e-12)
-    assert rules['block_norm'].lr == pytest.approx(0.5946035575013605, rel=1e-12)
-    assert rules['hidden_bias'].eps == pytest.approx(0.05255602595335716, rel=1e-12)
     rules = replace(TINY, density=0.125, parameterization='supar').rules  # width and depth of the base
     assert rules['hidden_weight'].lr == pytest.approx(8, rel=1e-12)
     assert rules['hidden_weight'].init_std == pytest.approx(2.8284271247461903, rel=1e-12)

@@ -192,8 +192,9 @@ def test_duration_and_decay_are_derived(tiny):
     params = 2 * 256 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32
     assert summary['params'] == params and summary['steps'] == round(0.05 * params / 128)
     assert summary['weight_decay'] == pytest.approx(1 / (0.5 * 1e-2 * summary['steps']))
-    group = state_of(config.out_dir)['optimizer']['param_groups'][1]
-    assert group['role'] == 'block_norm' or group['weight_decay'] > 0
+    groups = {group['role']: group for group in state_of(config.out_dir)['optimizer']['param_groups']}
+    assert groups['embedding']['weight_decay'] == pytest.approx(summary['weight_decay'])
+    assert groups['hidden_weight']['weight_decay'] == pytest.approx(2 * summary['weight_decay'])  # m_N = 2
     # the paper's anchor: tau .1407, lr 2^-8, 1144 steps
     assert 1 / (0.1407 * 2 ** -8 * 1144) == pytest.approx(1.59045, rel=1e-4)
 
