@@ -17,10 +17,10 @@ import checkpoint
 import hardware
 import train as train_module
 from configurator import UserError, configure
-from dataset import ByteTokenizer, CharTokenizer, Dataset
+from dataset import ByteTokenizer, CharTokenizer, Dataset, get_tokenizer
 from model import GPT, GPTConfig
 from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
-from write_dataset import write_dataset
+from write_dataset import parquet_documents, write_dataset
 
 ROOT = Path(__file__).resolve().parent
 
@@ -407,6 +407,39 @@ def test_eval_only_writes_nothing(tiny, capsys):
     assert train(replace(tiny, init_from='resume', eval_only=True))['val_loss'] == val_loss
     assert f'validation loss {val_loss:.4f}' in capsys.readouterr().out
     assert sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir()) == before
+
+
+def test_wandb_is_optional(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not installed
+    with pytest.raises(UserError, match='wandb_log=True needs wandb: pip install wandb'):
+        train(replace(tiny, wandb_log=True))
+    calls = []
+
+    class Wandb:
+        def init(self, project, name, config):
+            calls.append((project, name, config['n_layer']))
+            return self
+
+        def log(self, row, step):
+            calls.append((step, 'val_loss' in row, 'loss' in row))
+
+        def finish(self):
+            calls.append('finish')
+    monkeypatch.setitem(sys.modules, 'wandb', Wandb())
+    train(replace(tiny, wandb_log=True, wandb_run_name='mine', max_iters=2))
+    assert calls == [('nanoP', 'mine', 2), (0, True, True), (1, False, True), (2, True, False), 'finish']
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(UserError, match="init_from='gpt2' needs transformers: pip install transformers"):
+        train_module.load_gpt2('gpt2')
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(UserError, match='pip install datasets'):
+        list(parquet_documents('a.parquet', 10))
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    with pytest.raises(UserError, match="tokenizer 'gpt2' needs tiktoken: pip install tiktoken"):
+        get_tokenizer('gpt2')
 
 
 def test_every_model_key_reaches_the_model(tiny):
