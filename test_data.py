@@ -49,6 +49,14 @@ def gpt2_tokenizer():
 
 
 @pytest.fixture
+def pyarrow():
+    pytest.importorskip('datasets', reason='needs datasets, which brings pyarrow (requirements-dev.txt)')
+    import pyarrow
+    import pyarrow.parquet
+    return pyarrow
+
+
+@pytest.fixture
 def shakespeare_file():
     if not SHAKESPEARE.exists():
         pytest.skip(f'needs the text at {SHAKESPEARE.relative_to(ROOT.parent)} beside the repository')
@@ -137,9 +145,7 @@ def test_stdlib(tmp_path):
     assert prepare['prepare'](tmp_path) == meta  # the same again
 
 
-def test_text_of_every_kind(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
+def test_text_of_every_kind(tmp_path, pyarrow):
     folder = tmp_path / 'in'
     (folder / 'sub').mkdir(parents=True)
     (folder / 'a.txt').write_text('alpha\r\n', newline='')
@@ -201,7 +207,7 @@ def test_text_in_pieces_and_processes_gives_the_tokens_of_the_whole(tmp_path, gp
     (['good.txt', '--val_frac=2'], '--val_frac=2.0 is not allowed'),
     (['good.txt', '--tokenizer=bytes'], "tokenizer 'bytes' is not known"),
 ])
-def test_bad_text(tmp_path, arguments, message, monkeypatch):
+def test_bad_text(tmp_path, arguments, message, monkeypatch, pyarrow):
     monkeypatch.chdir(tmp_path)
     Path('bad.jsonl').write_text('{"text": "ok"}\n{"body": "no"}\n')
     Path('bad.parquet').write_bytes(b'PAR1 but not really')
@@ -232,17 +238,19 @@ def test_vocabularies_beyond_uint16_get_uint32(tmp_path):
     assert data.batch('train', [0, 5], 8, torch.device('cpu'))[0].max() == 69_999
 
 
-def local_parquet(folder, texts):
-    import pyarrow
-    import pyarrow.parquet
-    for i, part in enumerate(texts):
-        pyarrow.parquet.write_table(pyarrow.table({'text': part, 'id': list(range(len(part)))}),
-                                    folder / f'{i}.parquet')
+@pytest.fixture
+def local_parquet(tmp_path, pyarrow):
+    """A function that writes lists of texts to 0.parquet, 1.parquet, .. in tmp_path."""
+    def write(texts):
+        for i, part in enumerate(texts):
+            table = pyarrow.table({'text': part, 'id': list(range(len(part)))})
+            pyarrow.parquet.write_table(table, tmp_path / f'{i}.parquet')
+    return write
 
 
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb', 'slimpajama'])
-def test_parquet_sets(tmp_path, name, gpt2_tokenizer):
-    local_parquet(tmp_path, [['first document', 'second one', ''], ['third <|endoftext|> text']])
+def test_parquet_sets(tmp_path, name, gpt2_tokenizer, local_parquet):
+    local_parquet([['first document', 'second one', ''], ['third <|endoftext|> text']])
     run = run_script(name, '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out', '--workers=1')
     assert run.returncode == 0, run.stderr
     end = [gpt2_tokenizer.end_of_text]
@@ -256,9 +264,7 @@ def test_parquet_sets(tmp_path, name, gpt2_tokenizer):
     assert not (tmp_path / 'out' / 'shards').exists()
 
 
-def test_a_bad_parquet_file_is_one_line(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
+def test_a_bad_parquet_file_is_one_line(tmp_path, pyarrow):
     pyarrow.parquet.write_table(pyarrow.table({'body': ['x']}), tmp_path / 'a.parquet')
     run = run_script('fineweb', '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out', '--tokenizer=byte')
     assert run.returncode == 2 and "a.parquet' cannot be read" in run.stderr and 'Traceback' not in run.stderr
@@ -277,8 +283,8 @@ def test_an_error_while_processes_tokenise_does_not_hang(gpt2_tokenizer, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_parquet_sets_go_on_after_a_stop(tmp_path, monkeypatch):
-    local_parquet(tmp_path, [[f'document {i} {j}' for j in range(5)] for i in range(3)])
+def test_parquet_sets_go_on_after_a_stop(tmp_path, monkeypatch, local_parquet):
+    local_parquet([[f'document {i} {j}' for j in range(5)] for i in range(3)])
     arguments = ['--input', str(tmp_path / '*.parquet'), '--tokenizer=byte', '--workers=1']
 
     def prepare(out):
