@@ -1,6 +1,7 @@
 """Tests of model.py: the rules against numbers typed by hand, against measurement, and against independent code."""
 import math
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,6 +225,8 @@ def test_exact_hyperparameters_per_tensor():
         assert found[name] == pytest.approx(expected[name], rel=1e-12), name
     for group in make_optimizer(model).param_groups:
         assert group['lr'] == pytest.approx(0.01 * group['lr_scale'], rel=1e-12)
+    for device_type, fused in (('cpu', True), ('cuda', True), ('mps', False)):
+        assert model.configure_optimizers(0.1, 0.01, (0.9, 0.95), 1e-8, device_type).defaults['fused'] is fused
 
 
 def test_describe_shows_what_the_optimizer_has():
@@ -542,3 +545,19 @@ def test_readme_points_at_the_right_lines():
     assert len(links) > 10
     for shown, anchor, code in links:
         assert shown == anchor and code in lines[int(shown) - 1], (shown, code)
+
+
+def test_readme_ports_the_same_rules():
+    """The groups that the README tells others to make are the groups that we make."""
+    readme = (Path(__file__).resolve().parent / 'README.md').read_text()
+    code = textwrap.dedent(re.search(r'```python\n(.*?)```', readme, flags=re.S).group(1))
+    roles = dict(embeddings='embedding', block_norms='block_norm', hidden_weights='hidden_weight',
+                 hidden_biases='hidden_bias', final_norm='final_norm', unembedding='unembedding')
+    config = replace(BIG, parameterization='completep_supar', alpha=0.75)
+    names = dict(m_N=4, m_L=8, rho=0.25, alpha=0.75, lr=0.01, wd=0.1, eps=1e-8, **{name: name for name in roles})
+    exec(code, names)
+    ours = {group['role']: group for group in make_optimizer(make(config)).param_groups}
+    assert [group['params'] for group in names['groups']] == list(roles)
+    for group in names['groups']:
+        for key in ('lr', 'weight_decay', 'eps', 'lr_scale'):
+            assert group[key] == pytest.approx(ours[roles[group['params']]][key], rel=1e-12), (group['params'], key)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import dataset
 import hardware
 import train as train_module
 from configurator import UserError, configure
@@ -440,6 +441,17 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
     with pytest.raises(UserError, match="tokenizer 'gpt2' needs tiktoken: pip install tiktoken"):
         get_tokenizer('gpt2')
+
+
+def test_the_embedded_dataset_is_prepared_when_it_is_missing(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'stdlib').mkdir()
+    shutil.copy(ROOT / 'data' / 'stdlib' / 'prepare.py', tmp_path / 'stdlib')
+    monkeypatch.setattr(train_module, 'DATA_DIR', tmp_path)
+    monkeypatch.setattr(dataset, 'DATA_DIR', tmp_path)
+    data = train_module.open_dataset('stdlib')
+    assert data.tokenizer_name == 'byte' and 'preparing data/stdlib' in capsys.readouterr().out
+    train_module.open_dataset('stdlib')
+    assert 'preparing' not in capsys.readouterr().out
 
 
 def test_every_model_key_reaches_the_model(tiny):
