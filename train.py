@@ -259,6 +259,7 @@ def train(config):
         if reason:
             say(f'running without torch.compile: {reason}')
         else:
+            say('compiling: the first steps take longer')
             model.compile(dynamic=False)
     ddp_model = model
     if world_size > 1:
