@@ -24,7 +24,7 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def exit_on_user_error(main):
+def exit_on_user_error(main, if_stopped='stopped'):
     """Runs main() and exits, with its code if it returns one; a UserError is one line and code 2, Ctrl-C 130."""
     try:
         code = main()
@@ -32,7 +32,7 @@ def exit_on_user_error(main):
         print(f'error: {error}', file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print('\nstopped', file=sys.stderr)
+        print(f'\n{if_stopped}', file=sys.stderr)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
 

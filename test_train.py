@@ -17,7 +17,7 @@ import checkpoint
 import dataset
 import hardware
 import train as train_module
-from configurator import UserError, configure
+from configurator import UserError, configure, exit_on_user_error
 from dataset import ByteTokenizer, CharTokenizer, Dataset, get_tokenizer
 from model import GPT, GPTConfig
 from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
@@ -662,6 +662,21 @@ def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path):
         result = run('train.py', *flags(tiny), *args)
         assert result.returncode == 2 and message in result.stderr, result.stderr
         assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_exit_codes(capsys):
+    def ends_with(outcome):
+        def main():
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+        with pytest.raises(SystemExit) as exit:
+            exit_on_user_error(main, 'stopped; resume')
+        return exit.value.code, capsys.readouterr().err
+    assert ends_with(0) == ends_with(None) == ends_with({'meta': 1}) == (0, '')
+    assert ends_with(3) == (3, '')
+    assert ends_with(UserError('what to do')) == (2, 'error: what to do\n')
+    assert ends_with(KeyboardInterrupt()) == (130, '\nstopped; resume\n')
 
 
 def test_help_is_the_manual():

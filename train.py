@@ -407,4 +407,4 @@ def main():
 
 
 if __name__ == '__main__':
-    exit_on_user_error(main)
+    exit_on_user_error(main, 'stopped; --init_from=resume goes on from the last checkpoint')
