@@ -65,7 +65,7 @@ def shakespeare_file():
 
 def small(folder, tokenizer=None, train=b'abc' * 500, val=b'abd' * 100):
     documents = [('train', train.decode(), True), ('val', val.decode(), True)]
-    writer.write_dataset(folder, documents, tokenizer or ByteTokenizer(), 'test')
+    writer.write_dataset(folder, documents, tokenizer or ByteTokenizer(), 'test', workers=1)
     return Path(folder)
 
 

@@ -353,7 +353,8 @@ def test_gpt2_weights_are_for_gpt2_tokens_and_their_own_shape(tiny, monkeypatch,
 
         def token_bytes(self, token):
             return b'x'
-    write_dataset(tmp_path / 'gpt2', [(split, 'abc' * 200, True) for split in ('train', 'val')], Gpt2Sized(), 'test')
+    write_dataset(tmp_path / 'gpt2', [(split, 'abc' * 200, True) for split in ('train', 'val')], Gpt2Sized(), 'test',
+                  workers=1)
     fresh = replace(fresh, dataset=str(tmp_path / 'gpt2'))
     train(fresh)
     assert train(replace(TrainConfig(**{**state_of(tiny.out_dir)['config'], 'init_from': 'resume'}), max_iters=3,

@@ -27,37 +27,21 @@ def id_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-class Tokenise:
-    """What a worker does with a batch: (split, text, ends) -> (split, characters, ids)."""
-
-    def __init__(self, tokenizer):
-        self.arguments = (tokenizer.name, getattr(tokenizer, 'chars', None))
-        self.tokenizer = tokenizer
-
-    def __getstate__(self):  # tiktoken's encodings are made anew in each worker
-        return self.arguments
-
-    def __setstate__(self, arguments):
-        self.arguments = arguments
-        self.tokenizer = get_tokenizer(*arguments)
-
-    def __call__(self, pieces):
-        return [(split, len(text), self.encode(text, ends)) for split, text, ends in pieces]
-
-    def encode(self, text, ends):
-        ids = self.tokenizer.encode(text)
-        if ends and self.tokenizer.end_of_text is not None:
-            ids = np.append(ids, self.tokenizer.end_of_text)
-        return ids.astype(id_dtype(self.tokenizer))
+def start_worker(name):
+    global worker_tokenizer
+    worker_tokenizer = get_tokenizer(name)
 
 
-def start_worker(tokenise):
-    global worker
-    worker = tokenise
-
-
-def run_worker(pieces):
-    return worker(pieces)
+def encode_batch(batch, tokenizer=None):
+    """(split, text, ends_document) triples -> (split, characters, ids); in a worker with the worker's tokenizer."""
+    tokenizer = tokenizer or worker_tokenizer
+    encoded = []
+    for split, text, ends_document in batch:
+        ids = tokenizer.encode(text)
+        if ends_document and tokenizer.end_of_text is not None:
+            ids = np.append(ids, tokenizer.end_of_text)
+        encoded.append((split, len(text), ids.astype(id_dtype(tokenizer))))
+    return encoded
 
 
 def tokenised(documents, tokenizer, workers):
@@ -75,13 +59,13 @@ def tokenised(documents, tokenizer, workers):
 
     if workers <= 1 or tokenizer.name in ('byte', 'char'):  # these cost less than handing them over
         for batch in batches():
-            yield from Tokenise(tokenizer)(batch)
+            yield from encode_batch(batch, tokenizer)
         return
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(Tokenise(tokenizer),))
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer.name,))
     pending = deque()
     try:
         for batch in batches():
-            pending.append(pool.submit(run_worker, batch))
+            pending.append(pool.submit(encode_batch, batch))
             if len(pending) > 4 * workers:  # read no further ahead than that
                 yield from pending.popleft().result()
         while pending:
