@@ -1,5 +1,5 @@
 # The base shape, 2 layers x 256, on which to tune the hyperparameters that completep_small inherits.
-# Hardware: any CPU. Time: not measured by itself. Loss to expect: 1.29 nats per byte, 1.86 bits per byte.
+# Hardware: any CPU. Time: 3 minutes on 2 cores. Loss to expect: 1.29 nats per byte, 1.86 bits per byte.
 from completep_small import *
 
 out_dir = 'out/completep_base'
