@@ -57,5 +57,5 @@ def load(out_dir):
             return path, torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         except Exception as error:  # a damaged file can fail in any way
             print(f'warning: {path} cannot be read ({first_line(error)}); trying the one before it', file=sys.stderr)
-    found = f'none of {len(paths)} can be read' if paths else 'there is none'
-    raise UserError(f"no checkpoint to load in '{out_dir}' ({found}): check out_dir, or start with --init_from=scratch")
+    found = f'none of the {len(paths)} checkpoints in' if paths else 'no checkpoint in'
+    raise UserError(f"{found} '{out_dir}'{' can be read' if paths else ''}: give the --out_dir of a run, or train anew")

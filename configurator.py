@@ -69,8 +69,11 @@ def read_file(path, types):
         for name in set(sys.modules) - modules_before:  # another folder may have a file of the same name
             if str(getattr(sys.modules[name], '__file__', None) or '').startswith(folder):
                 del sys.modules[name]
-    return {key: check(key, value, types, path) for key, value in names.items()
-            if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
+    overrides = {key: check(key, value, types, path) for key, value in names.items()
+                 if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
+    if not overrides:  # YAML's `n_layer: 3`, for one, is valid Python that sets nothing
+        raise UserError(f'{path}: sets no key; a config is Python, a line like n_layer = 3 for each key')
+    return overrides
 
 
 def read_flag(argument, types):

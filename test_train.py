@@ -293,7 +293,7 @@ def test_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tiny, ca
     assert state_of(tiny.out_dir)['step'] == 8
     for path in checkpoint.find(tiny.out_dir):
         path.write_bytes(b'')
-    with pytest.raises(UserError, match=r'none of 2 can be read.*--init_from=scratch'):
+    with pytest.raises(UserError, match='none of the 2 checkpoints in .* can be read: give the --out_dir of a run'):
         train(replace(tiny, init_from='resume'))
 
 
@@ -302,7 +302,7 @@ def test_checkpoints_hold_no_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'attacked'),)
     torch.save({'step': Attack()}, tmp_path / 'ckpt_000000001.pt')
-    with pytest.raises(UserError, match='none of 1 can be read'):
+    with pytest.raises(UserError, match='none of the 1 checkpoints in .* can be read'):
         checkpoint.load(tmp_path)
     assert not (tmp_path / 'attacked').exists()
 
@@ -601,6 +601,7 @@ class Defaults:
     ('bool.py', 'bool.py: max_iters must be int, got True (bool)'),
     ('syntax.py', 'syntax.py, line 2: '),
     ('raises.py', "raises.py: NameError: name 'nonesuch' is not defined"),
+    ('like.yaml', 'like.yaml: sets no key; a config is Python, a line like n_layer = 3 for each key'),
     ('good.py', dict(learning_rate=2.0, max_iters=30)),
     ('based.py', dict(learning_rate=2.0, max_iters=7)),
 ])
@@ -609,6 +610,7 @@ def test_configurator(tmp_path, monkeypatch, argument, expected):
     Path('typo.py').write_text('leraning_rate = 1e-3\n')
     Path('text.py').write_text("learning_rate = '0.001'\n")
     Path('bool.py').write_text('max_iters = True\n')
+    Path('like.yaml').write_text('max_iters: 3\n')
     Path('syntax.py').write_text('max_iters = 1\nlearning_rate 2\n')
     Path('raises.py').write_text('max_iters = nonesuch\n')
     Path('good.py').write_text('import math\n_half = 15\nmax_iters = 2 * _half\nlearning_rate = 2\n')
@@ -656,7 +658,7 @@ def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path):
         ('--n_embd=100',): 'error: n_embd=100 is not allowed: use a multiple of head_dim=16\n',
         ('--dataset=nonesuch',): "error: no dataset in '",
         ('--vocab_size=100',): 'has 256 ids, the model vocab_size=100: use vocab_size=0',
-        ('--init_from=resume',): "(there is none): check out_dir, or start with --init_from=scratch\n",
+        ('--init_from=resume',): f"no checkpoint in '{tiny.out_dir}': give the --out_dir of a run, or",
         (f'--out_dir={file}/out',): f"error: out_dir='{file}/out' cannot be written",
     }
     for args, message in cases.items():
