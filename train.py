@@ -202,6 +202,29 @@ def build_model(config, data, saved):
     return model
 
 
+def update(model, optimizer, losses, grad_clip=0.0, scaler=None, mean_over_ranks=lambda loss: loss):
+    """One optimizer step down the sum of `losses`, those of the micro-batches, each taken back before the next is made.
+
+    Returns (loss, gradient norm before clipping, whether the step was taken): it is not where one of them is not
+    finite, unless the scaler of float16 may still find a scale at which they are.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    total = 0.0
+    for loss in losses:
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    loss, grad_norm = torch.stack([mean_over_ranks(total), grad_norm]).tolist()  # waits for the device
+    scaler_may_recover = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
+    taken = scaler_may_recover or math.isfinite(loss) and math.isfinite(grad_norm)
+    if taken:
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, taken
+
+
 def train(config):
     """Runs a training run and returns its summary, also written to out_dir/summary.json.
 
@@ -285,6 +308,17 @@ def train(config):
         model.train()
         return sum_over_ranks(total).item() / len(starts)
 
+    def micro_losses(starts):
+        """Yields the loss of one micro-batch after the other; they add up to this rank's mean."""
+        for micro in range(accumulation):
+            inputs, targets = data.batch('train', starts[micro * batch_size:(micro + 1) * batch_size], c.block_size,
+                                         device)
+            last = micro == accumulation - 1
+            with nullcontext() if last or world_size == 1 else ddp_model.no_sync():  # sum gradients over ranks once
+                with autocast:
+                    loss = ddp_model(inputs, targets)[1] / accumulation
+                yield loss  # its backward runs here, inside no_sync and outside autocast
+
     log = None
     if main_process and not c.eval_only:
         try:
@@ -331,27 +365,11 @@ def train(config):
         # dropout's random state, like the data, is a function of (seed, step, rank): a resumed run has the same
         torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))
         starts = data.train_starts(c.seed, step, sequences, c.block_size)[rank * local_sequences:]
-        step_loss = torch.zeros((), device=device)
-        for micro in range(accumulation):
-            inputs, targets = data.batch('train', starts[micro * batch_size:(micro + 1) * batch_size], c.block_size,
-                                         device)
-            last = micro == accumulation - 1
-            with nullcontext() if last or world_size == 1 else ddp_model.no_sync():  # sum gradients over ranks once
-                with autocast:
-                    micro_loss = ddp_model(inputs, targets)[1] / accumulation
-                scaler.scale(micro_loss).backward()
-            step_loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        step_loss = sum_over_ranks(step_loss) / world_size
-        loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # waits for the device
-        skipped_by_scaler = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)) and not skipped_by_scaler:
+        loss, grad_norm, taken = update(model, optimizer, micro_losses(starts), c.grad_clip, scaler,
+                                        lambda loss: sum_over_ranks(loss) / world_size)
+        if not taken:
             diverged_at = step
             break
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
         train_s += time.perf_counter() - step_started
         timed_steps += 1

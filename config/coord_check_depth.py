@@ -1,0 +1,17 @@
+# python coord_check.py config/coord_check_depth.py: the depth grid of the CompleteP paper's code (arXiv:2505.01618, Fig. 7)
+parameterization = 'completep'
+axes = 'depth'
+out_dir = 'out/coord_check_depth'
+depths = '2,4,8,16,32,64'
+n_embd = 256
+head_dim = 64
+dataset = 'shakespeare_char'
+block_size = 1024
+batch_tokens = 8 * 1024
+batch_size = 4
+probe_tokens = 1024
+learning_rate = 1e-3
+init_std = 0.02
+input_mult = 1.0
+eps = 1e-12
+dtype = 'bfloat16'
