@@ -27,7 +27,7 @@ import checkpoint
 import metrics
 from configurator import UserError, configure, exit_on_user_error
 from dataset import DATA_DIR, Dataset
-from hardware import join_processes, peak_flops, pick_device, pick_dtype, why_not_compile
+from hardware import join_processes, keep_freed_memory, peak_flops, pick_device, pick_dtype, why_not_compile
 from model import GPT, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
@@ -236,6 +236,8 @@ def train(config):
     say = print if main_process else (lambda *args: None)
     device = pick_device(c.device)
     dtype = pick_dtype(c.dtype, device)
+    if device.type == 'cpu':
+        keep_freed_memory()
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         # TF32 for what autocast leaves in float32

@@ -1,4 +1,4 @@
-# python coord_check.py config/coord_check_depth.py: the depth grid of the CompleteP paper's code (arXiv:2505.01618, Fig. 7)
+# the depth grid of the code of CompleteP (arXiv:2505.01618, Fig. 7): python coord_check.py config/coord_check_depth.py
 parameterization = 'completep'
 axes = 'depth'
 out_dir = 'out/coord_check_depth'
@@ -9,9 +9,9 @@ dataset = 'shakespeare_char'
 block_size = 1024
 batch_tokens = 8 * 1024
 batch_size = 4
-probe_tokens = 1024
+probe_tokens = 128
 learning_rate = 1e-3
 init_std = 0.02
-input_mult = 1.0
+input_mult = 50.0  # embeddings of size 1, see coord_check.py
 eps = 1e-12
 dtype = 'bfloat16'
