@@ -8,6 +8,7 @@ underscore are its own. It runs as code: use files you trust.
 """
 import difflib
 import inspect
+import math
 import runpy
 import sys
 from dataclasses import fields
@@ -17,6 +18,14 @@ from types import FunctionType, ModuleType
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that says what was given, what is allowed and what to do."""
+
+
+def require_at_least(config, **least):
+    """Raises UserError for a key of `config` that is below its least value, infinite or not a number."""
+    for key, lowest in least.items():
+        value = getattr(config, key)
+        if not lowest <= value < (2**63 if isinstance(value, int) else math.inf):  # refuses nan, too
+            raise UserError(f'{key}={value} is not allowed: use a finite value of at least {lowest}')
 
 
 def first_line(error):

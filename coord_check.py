@@ -36,10 +36,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from configurator import UserError, configure, exit_on_user_error
-from hardware import keep_freed_memory, pick_device, pick_dtype
+from configurator import UserError, configure, exit_on_user_error, require_at_least
+from hardware import pick_device, pick_dtype
 from model import GPT, ROLES, GPTConfig
-from train import open_dataset, update
+from train import open_dataset, split_batch, update
 
 # -----------------------------------------------------------------------------
 # Measuring one model
@@ -463,6 +463,14 @@ class CoordCheckConfig:
     device: str = 'auto'
     dtype: str = 'float32'                 # of the products in training; the probe is always float32
 
+    def __post_init__(self):
+        """Raises UserError for a value that no check can use."""
+        require_at_least(self, seeds=2, steps=1, block_size=1, batch_tokens=1, batch_size=1, probe_tokens=1,
+                         learning_rate=0, weight_decay=0, beta1=0, beta2=0, eps=1e-38)
+        for axis in self.axes.split(','):
+            if axis not in AXES:
+                raise UserError(f"axis '{axis}' is not known: use {', '.join(AXES)}, several separated by commas")
+
 
 def expected_slopes(axis, alpha):
     """The slopes that are not 0, or are judged in another way, for check(). From the papers, not from model.py."""
@@ -490,18 +498,19 @@ def make_gpt(config, data, device, autocast, shape, varies, size):
     model = GPT(GPTConfig(**{**shape, varies: size})).to(device)
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
     seed = torch.initial_seed()
+    sequences, _, micro_batches = split_batch(c, world_size=1)
+    batch_size = sequences // micro_batches
 
     def losses(step):
         if step == PROBE:
             length = min(c.block_size, c.probe_tokens)
             yield model(*data.batch('val', data.val_starts(c.probe_tokens, length), length, device))[1]
             return
-        starts = data.train_starts(seed, step, c.batch_tokens // c.block_size, c.block_size)
-        for i in range(0, len(starts), c.batch_size):
-            micro = starts[i:i + c.batch_size]
+        starts = data.train_starts(seed, step, sequences, c.block_size)
+        for i in range(0, sequences, batch_size):
             with autocast:
-                loss = model(*data.batch('train', micro, c.block_size, device))[1] * len(micro) / len(starts)
-            yield loss
+                loss = model(*data.batch('train', starts[i:i + batch_size], c.block_size, device))[1]
+            yield loss / micro_batches
 
     return model, optimizer, losses
 
@@ -556,6 +565,7 @@ def numbers(config, key):
 def plan(config, axis, data, device):
     """The calls of check() for one axis: {name: arguments}. Raises UserError for whatever none can use."""
     c = config
+    split_batch(c, world_size=1)
     keys, varies, control = AXES[axis]
     sizes = numbers(c, keys)
     shape = dict(block_size=c.block_size, vocab_size=data.vocab_size, n_layer=c.n_layer, n_embd=c.n_embd,
@@ -595,11 +605,6 @@ def main():
     """Returns the exit code: 0 if every check passes, 1 if one fails. Raises UserError."""
     config = CoordCheckConfig(**configure(CoordCheckConfig, sys.argv[1:]))
     device = pick_device(config.device)
-    if device.type == 'cpu':
-        keep_freed_memory()
-    for axis in config.axes.split(','):
-        if axis not in AXES:
-            raise UserError(f"axis '{axis}' is not known: use {', '.join(AXES)}, several separated by commas")
     data = open_dataset(config.dataset)
     plans = {}
     for axis in config.axes.split(','):

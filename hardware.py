@@ -1,7 +1,6 @@
 """
 What this machine can do: device, dtype, whether torch.compile works, peak FLOP/s; and joining a group of processes.
 """
-import ctypes
 import os
 import re
 
@@ -30,18 +29,6 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise UserError(f"device='{name}' does not work here ({reason}): use device='auto' or 'cpu'") from None
-
-
-def keep_freed_memory():
-    """Has glibc reuse freed memory instead of giving it back to the kernel, whose fresh pages slow a CPU's steps down.
-
-    Elsewhere than on glibc it does nothing.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-    mallopt = getattr(ctypes.CDLL(None) if os.name == 'posix' else None, 'mallopt', None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def cpu_has_bf16():

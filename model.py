@@ -23,6 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from attention import causal_attention
+
 # -----------------------------------------------------------------------------
 # The parameterization
 
@@ -188,20 +190,6 @@ class SparseLinear(nn.Linear):
 def hidden_linear(in_features, out_features, config):
     Linear = SparseLinear if config.density < 1 else nn.Linear
     return Linear(in_features, out_features, bias=config.bias)
-
-
-def causal_attention(q, k, v, scale, dropout):
-    """softmax(scale Q K^T) V with every position blind to later ones; all (B, H, T, D)."""
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
-    # PyTorch's own is slow here: plain products are faster, of some queries at a time with all keys up to the last
-    y, end = [], 0
-    for some in q.split(256, dim=2):
-        start, end = end, end + some.size(2)
-        future = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1)
-        p = ((scale * some) @ k[:, :, :end].transpose(2, 3) + future).softmax(dim=-1)  # (B, H, end - start, end)
-        y.append(F.dropout(p, dropout) @ v[:, :, :end])
-    return torch.cat(y, dim=2)
 
 
 class CausalSelfAttention(nn.Module):

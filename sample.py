@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from configurator import UserError, configure, exit_on_user_error, first_line
+from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
 from dataset import get_tokenizer, prompt_ids
 from hardware import pick_device, pick_dtype
 from model import GPT, GPTConfig
@@ -35,9 +35,7 @@ class SampleConfig:
     dtype: str = 'auto'
 
     def __post_init__(self):
-        for key, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0).items():
-            if not getattr(self, key) >= least:
-                raise UserError(f'{key}={getattr(self, key)} is not allowed: use a value of at least {least}')
+        require_at_least(self, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
         if self.init_from not in ('resume', *GPT2_NAMES):
             raise UserError(f"init_from='{self.init_from}' is not known: use resume, {', '.join(GPT2_NAMES)}")
 

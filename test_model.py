@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import metrics
 import model as model_module
+from attention import causal_attention
 from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_embd=32, head_dim=16,
@@ -359,6 +360,30 @@ def test_targets_of_minus_one_are_ignored():
     logits = model(inputs)[0][:, :8]
     expected = F.cross_entropy(logits.reshape(-1, 64), targets[:, :8].reshape(-1))
     assert model(inputs, masked)[1].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('T', [1, 5, 128, 300])
+def test_attention_on_a_cpu_in_bf16(T):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(2, 3, T, 16, dtype=torch.float64, generator=generator) for _ in range(4))
+
+    def run(attention, dtype):
+        inputs = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        y = attention(*inputs)
+        y.backward(dy.to(dtype))
+        return [y.detach().double(), *(x.grad.double() for x in inputs)]
+
+    def torchs(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+    def ours(q, k, v):
+        return causal_attention(q, k, v, scale=0.3)
+
+    exact = run(torchs, torch.float64)
+    for expected, x, other in zip(exact, run(ours, torch.bfloat16), run(torchs, torch.bfloat16)):
+        error, torchs_error = ((value - expected).norm() for value in (x, other))
+        assert error <= 0.01 * expected.norm() or error <= 1.5 * torchs_error
+    assert all(torch.equal(a, b) for a, b in zip(exact, run(ours, torch.float64)))
 
 
 def test_causality():

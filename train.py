@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import metrics
-from configurator import UserError, configure, exit_on_user_error
+from configurator import UserError, configure, exit_on_user_error, require_at_least
 from dataset import DATA_DIR, Dataset
-from hardware import join_processes, keep_freed_memory, peak_flops, pick_device, pick_dtype, why_not_compile
+from hardware import join_processes, peak_flops, pick_device, pick_dtype, why_not_compile
 from model import GPT, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
@@ -97,13 +97,9 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
-        at_least = dict(block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0, learning_rate=0,
-                        weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, eval_interval=1, eval_tokens=1,
-                        log_interval=1, sample_tokens=0, seed=0, vocab_size=0)
-        for key, least in at_least.items():
-            value = getattr(self, key)
-            if not least <= value < (2**63 if isinstance(value, int) else math.inf):  # refuses nan, too
-                raise UserError(f'{key}={value} is not allowed: use a finite value of at least {least}')
+        require_at_least(self, block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0,
+                         learning_rate=0, weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, eval_interval=1,
+                         eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0)
         for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
             value, end = getattr(self, key), ')' if key.startswith('beta') else ']'
             if not 0 <= value <= 1 or (value == 1 and end == ')'):
@@ -236,8 +232,6 @@ def train(config):
     say = print if main_process else (lambda *args: None)
     device = pick_device(c.device)
     dtype = pick_dtype(c.dtype, device)
-    if device.type == 'cpu':
-        keep_freed_memory()
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         # TF32 for what autocast leaves in float32
