@@ -22,7 +22,7 @@ def causal_attention(q, k, v, scale, dropout=0.0):
 
 
 class CausalProducts(torch.autograd.Function):
-    """On (N, T, D) tensors. The backward adds to the gradients of K and V in place; autograd's own would pad and copy."""
+    """On (N, T, D) tensors. The backward adds to K's and V's gradients in place; autograd's own would pad and copy."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale):

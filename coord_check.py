@@ -226,7 +226,8 @@ def lines_of(runs, sizes, seeds, expected, judged):
         for (quantity, group, step), found in layers.items():
             places = {name: name for name in found}
             if any(names_at[quantity, group, other] != set(found) for other in sizes):
-                places = dict(lowest=min(found, key=found.get), highest=max(found, key=found.get), last=list(found)[-1])
+                ascending = sorted(found, key=lambda name: (math.isnan(found[name]), found[name]))
+                places = dict(lowest=ascending[0], highest=ascending[-1], last=list(found)[-1])
             for place, name in places.items():
                 key = quantity, group, step, place
                 series[key][at], where[key] = found[name], name
@@ -250,6 +251,11 @@ class Report:
     lines: dict
 
     @property
+    def sides(self):
+        """Lines of the treatment, lines of the control or []."""
+        return [*self.lines.values(), []][:2]
+
+    @property
     def failures(self):
         """Lines of the treatment outside of their bands, worst first."""
         return sorted((line for line in self.sides[0] if line.used > 1), key=lambda line: -line.used)
@@ -258,11 +264,6 @@ class Report:
     def control_failures(self):
         """Lines of the control outside of their bands in what the modules do, not in what the optimizer was told."""
         return [line for line in self.sides[1] if line.used > 1 and line.quantity in OF_MODULES]
-
-    @property
-    def sides(self):
-        """Lines of the treatment, lines of the control or []."""
-        return [*self.lines.values(), []][:2]
 
     @property
     def passed(self):
@@ -309,6 +310,7 @@ class Report:
         import matplotlib
         matplotlib.use('Agg')
         from matplotlib import pyplot, ticker
+        from PIL import Image  # comes with matplotlib
         models = list(self.lines)[::-1]  # the control on the left
         shown = [line for line in self.sides[0] if line.quantity in OF_MODULES]
         quantities, groups, steps = (list(dict.fromkeys(line[i] for line in shown)) for i in range(3))
@@ -318,7 +320,8 @@ class Report:
         for row, group in zip(grid, groups):
             for i, quantity in enumerate(quantities):
                 pair = row[i * len(models):][:len(models)]
-                worst = max((line for line in shown if line[:2] == (quantity, group)), key=lambda line: line.used)
+                of_group = [line for line in shown if line[:2] == (quantity, group)]
+                worst = max(of_group, key=lambda line: line.used)
                 lines = {model: [line for line in self.lines[model] if line[:2] == (quantity, group)
                                  and line.name == worst.name] for model in models}
                 values = np.array([line.values for model in models for line in lines[model]])
@@ -326,6 +329,7 @@ class Report:
                 middle = (values.min() * values.max()) ** 0.5
                 # one scale for both, and never less than a factor of 8: what is flat must look flat
                 low, high = min(values.min(), middle / 8 ** 0.5) / 1.2, max(values.max(), middle * 8 ** 0.5) * 1.2
+                high *= (high / low) ** 0.4  # room for the legend
                 for axes, model in zip(pair, models):
                     judged = [line.step for line in lines[model] if line.band]
                     for line in lines[model]:
@@ -333,9 +337,9 @@ class Report:
                         axes.plot(self.sizes, line.values, marker='o', markersize=3, linewidth=1.2,
                                   label=label if line.step in (judged[:1] + judged[-1:]) else None,
                                   color=pyplot.cm.viridis_r(0.1 + 0.9 * steps.index(line.step) / len(steps)))
-                    name = '' if worst.name == worst.where else f' ({worst.name})'
-                    name = f' ({worst.name})'.replace('transformer.', '') if name or worst.name[-1:].isdigit() else ''
-                    axes.set_title(f'{quantity} of {group}{name}\n{model}', fontsize=8)
+                    one_of_several = any(line.name != worst.name for line in of_group)
+                    which = f" ({worst.name.removeprefix('transformer.')})" if one_of_several else ''
+                    axes.set_title(f'{quantity} of {group}{which}\n{model}', fontsize=8)
                     axes.set_xscale('log', base=2)
                     axes.set_yscale('log', base=2)
                     axes.set_ylim(low, high)
@@ -345,12 +349,13 @@ class Report:
                     axes.grid(alpha=0.3)
                     axes.spines[['top', 'right']].set_visible(False)
                     if judged:
-                        axes.legend(frameon=False, fontsize=7)
+                        axes.legend(frameon=False, fontsize=7, loc='upper left')
         for axes in grid[-1]:
             axes.set_xlabel(self.size_name, fontsize=8)
         figure.suptitle(self.title, fontsize=10)
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
+        Image.open(path).quantize(64).save(path, optimize=True)  # a third of the bytes
         return path
 
 
