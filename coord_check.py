@@ -47,20 +47,24 @@ from train import open_dataset, split_batch, update
 PROBE = -1  # loss_fn(PROBE) is the loss on the probe batch, loss_fn(0) that on the first training batch, and so on
 
 
-def on_forward(model, patterns, keep):
-    """Calls keep((group, name), inputs, output) in every forward of the modules whose name matches a group's pattern.
-
-    Raises UserError for a pattern without a module.
-    """
+def matches(patterns, named):
+    """[(group, name)] of the names that a group's pattern matches. Raises UserError for a pattern without a name."""
+    found, names = [], [name for name, _ in named]
     for group, pattern in patterns.items():
-        names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-        if not names:
-            some = ', '.join(repr(name) for name, _ in list(model.named_modules())[1:6])
-            raise UserError(f"no module is called '{pattern}' ({group}), so nothing would be measured: the names are "
-                            f'{some}, ..; pass the module itself, not a compiled or wrapped one')
-        for name in names:
-            model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, key=(group, name): keep(key, inputs, output))
+        hits = [(group, name) for name in names if re.fullmatch(pattern, name)]
+        if not hits:
+            some = ', '.join(map(repr, names[:6]))
+            raise UserError(f"nothing is called '{pattern}' ({group}): the names are {some}, ..; give the module "
+                            'itself, not a compiled or wrapped one')
+        found += hits
+    return found
+
+
+def on_forward(model, patterns, keep):
+    """Calls keep((group, name), inputs, output) in every forward of the modules whose name matches a pattern."""
+    for group, name in matches(patterns, model.named_modules()):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, key=(group, name): keep(key, inputs, output))
 
 
 def rms(x):
@@ -95,7 +99,7 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
     on_forward(model, {'block': blocks} if blocks else {}, lambda key, args, _: inputs.update({key: args}))
     params = dict(model.named_parameters())
     start = {name: p.detach().clone() for name, p in params.items()}
-    watched = [(group, name) for group, pattern in parameters.items() for name in params if re.fullmatch(pattern, name)]
+    watched = matches(parameters, params.items())
     eps = {p: group.get('eps', 1.0) for group in optimizer.param_groups for p in group['params']}
 
     def losses(step):
@@ -107,8 +111,8 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
         loss.backward()
     for group, name in watched:
         if params[name].grad is not None:
-            values['gradient', group, name, 0] = rms(params[name].grad) / eps[params[name]]
-    optimizer.zero_grad()
+            values['gradient', group, name, 0] = rms(params[name].grad) / eps.get(params[name], 1.0)
+    model.zero_grad()
 
     for step in range(steps + 1):
         model.eval()
@@ -344,7 +348,7 @@ class Report:
                     axes.set_yscale('log', base=2)
                     axes.set_ylim(low, high)
                     axes.set_xticks(self.sizes, [f'{size:g}' for size in self.sizes])
-                    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:.2g}'))
+                    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
                     axes.tick_params(labelsize=7)
                     axes.grid(alpha=0.3)
                     axes.spines[['top', 'right']].set_visible(False)
@@ -588,6 +592,10 @@ def plan(config, axis, data, device):
     if len(set(sizes)) < 3:
         raise UserError(f'{keys}={getattr(c, keys)} gives no slope: use at least three different sizes')
     dtype = pick_dtype(c.dtype, device)
+    if dtype == torch.float16:
+        raise UserError("dtype='float16' needs the gradient scaling of train.py: use float32 or bfloat16")
+    if device.type == 'mps' and axis == 'laziness':
+        raise UserError('the laziness axis needs float64, which mps does not have: use --device=cpu')
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     # alpha as the papers promise it, not as model.py has it: that is under test
     alpha = c.alpha or (0.5 if c.parameterization == 'depth_mup' else 1.0)

@@ -336,7 +336,8 @@ def test_the_probe_is_taken_without_dropout():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(modules={'out': 'nothing'}), "no module is called 'nothing' (out)"),
+    (dict(modules={'out': 'nothing'}), "nothing is called 'nothing' (out)"),
+    (dict(parameters={'w': 'nothing'}), "nothing is called 'nothing' (w)"),
     (dict(modules={}), 'nothing was measured'),
     (dict(sizes=[4, 8]), 'use at least three'),
     (dict(sizes=[4, 8, 8]), 'use at least three'),
