@@ -2,11 +2,13 @@
 softmax(scale Q K^T) V with every position blind to later ones.
 
 PyTorch's own function, except for bf16 on a CPU, where plain matrix products are faster than its kernel: of some
-queries at a time with the keys up to the last of them, so that most of the upper triangle is never computed.
+queries at a time with the keys up to the last of them, so that most of the upper triangle is never computed. Unlike the
+kernel it rounds the logits to bf16 and keeps the weights, T^2 / 2 for each head, for the backward.
 """
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 QUERIES = 128  # at a time
@@ -38,6 +40,7 @@ class CausalProducts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         q, k, v, *weights = ctx.saved_tensors
         dq, dk, dv, end = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), 0

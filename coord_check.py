@@ -11,7 +11,8 @@ quantity is fitted by size^slope. Exit code 0: every slope is in its band and th
     activation  mean |x| of a module's output on a probe batch that is never trained on
     change      mean |x - x at step 0| there
     update      RMS of a weight's change since step 0, over the entries that moved
-    gradient    RMS of its gradient at step 0 in units of its AdamW eps, over the entries that are not zero
+    gradient    RMS of its gradient at step 0, over the entries that are not zero
+    grad/eps    that, divided by the eps of its optimizer group
     decay       fraction of a weight that a step without gradient takes away
     distance    of a block's change in one step from its linearization in the block's weights, relative to the latter
 
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, exit_on_user_error, require_at_least
 from hardware import pick_device, pick_dtype
-from model import GPT, ROLES, GPTConfig
+from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig
 from train import open_dataset, split_batch, update
 
 # -----------------------------------------------------------------------------
@@ -60,11 +61,17 @@ def matches(patterns, named):
     return found
 
 
-def on_forward(model, patterns, keep):
-    """Calls keep((group, name), inputs, output) in every forward of the modules whose name matches a pattern."""
-    for group, name in matches(patterns, model.named_modules()):
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, key=(group, name): keep(key, inputs, output))
+def record_probes(model, patterns):
+    """A dict that every forward in eval mode fills with {(group, name): (args, kwargs, output)} of the modules."""
+    seen = {}
+
+    def keep(key, module, args, kwargs, output):
+        if not module.training:
+            seen[key] = args, kwargs, output[0] if isinstance(output, tuple) else output
+
+    for key in matches(patterns, model.named_modules()):
+        model.get_submodule(key[1]).register_forward_hook(partial(keep, key), with_kwargs=True)
+    return seen
 
 
 def rms(x):
@@ -72,16 +79,20 @@ def rms(x):
     return x.norm() / x.count_nonzero().clamp(min=1).sqrt()
 
 
-def distance_from_linearization(module, inputs, before, after):
+def distance_from_linearization(module, before, after, args, kwargs={}):
     """|f(after) - f(before) - J (after - before)| / |J (after - before)|, sums of magnitudes, of a module's output f.
 
-    `before` and `after` are its parameters by name; J is exact, forward-mode. Theory: arXiv:2505.01618, Eq. 6.
+    `before` and `after` are its parameters by name; J is exact, forward-mode, in float64. arXiv:2505.01618, Eq. 6.
     """
+    def double(x):
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
     before, after = ({name: p.double() for name, p in params.items()} for params in (before, after))
-    inputs = tuple(x.double() for x in inputs)
+    args, kwargs = [double(x) for x in args], {key: double(x) for key, x in kwargs.items()}
 
     def output(params):
-        return functional_call(module, params, inputs)
+        y = functional_call(module, params, tuple(args), kwargs)
+        return y[0] if isinstance(y, tuple) else y
 
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no forward mode
         at_start, linear = jvp(output, (before,), ({name: after[name] - before[name] for name in before},))
@@ -92,15 +103,12 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
     """{(quantity, group, name, step): value} of one model, trained for `steps`; see check() for the arguments."""
     torch.manual_seed(seed)
     model, optimizer, loss_fn = make(size)
-    values, outputs, inputs, first = {}, {}, {}, {}
-    # hooks keep tensors; numbers are read when the run is over
-    on_forward(model, modules, lambda key, _, output: outputs.update(
-        {key: (output[0] if isinstance(output, tuple) else output).detach()}))
-    on_forward(model, {'block': blocks} if blocks else {}, lambda key, args, _: inputs.update({key: args}))
     params = dict(model.named_parameters())
     start = {name: p.detach().clone() for name, p in params.items()}
     watched = matches(parameters, params.items())
-    eps = {p: group.get('eps', 1.0) for group in optimizer.param_groups for p in group['params']}
+    eps = {p: group.get('eps') for group in optimizer.param_groups for p in group['params']}
+    seen, seen_blocks = record_probes(model, modules), record_probes(model, {'block': blocks} if blocks else {})
+    values, first = {}, {}  # tensors: numbers are read when the run is over
 
     def losses(step):
         loss = loss_fn(step)
@@ -110,30 +118,36 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
     for loss in losses(PROBE):
         loss.backward()
     for group, name in watched:
-        if params[name].grad is not None:
-            values['gradient', group, name, 0] = rms(params[name].grad) / eps.get(params[name], 1.0)
+        p = params[name]
+        if p.grad is not None:
+            values['gradient', group, name, 0] = rms(p.grad)
+            if isinstance(eps.get(p), float):
+                values['grad/eps', group, name, 0] = rms(p.grad) / eps[p]
     model.zero_grad()
 
     for step in range(steps + 1):
-        model.eval()
+        seen.clear()
         with torch.no_grad():
             list(losses(PROBE))
-            for key, x in outputs.items():
-                x = x.float()
+            for key in matches(modules, model.named_modules()):
+                if key not in seen:
+                    raise UserError(f"the module '{key[1]}' ({key[0]}) is not called by the loss: leave it out")
+                x = seen[key][2].detach().float()
                 values['activation', *key, step] = x.abs().mean()
                 values['change', *key, step] = (x - first.setdefault(key, x)).abs().mean()
             if step == 0:
-                at_start = dict(inputs)
+                inputs = {key: call[:2] for key, call in seen_blocks.items()}
             if step == 1:
-                for key, args in at_start.items():
+                for key, call in inputs.items():
                     block = model.get_submodule(key[1])
                     after = {name: p.detach() for name, p in block.named_parameters()}
                     before = {name: start[f'{key[1]}.{name}'] for name in after}
-                    values['distance', *key, step] = distance_from_linearization(block, args, before, after)
+                    values['distance', *key, step] = distance_from_linearization(block, before, after, *call)
         if step < steps:
             model.train()
-            taken = update(model, optimizer, losses(step))[2]
-            if not taken:  # a run that diverged has no coordinates
+            _, _, diverged = update(model, optimizer, losses(step))
+            model.eval()
+            if diverged:  # such a run has no coordinates
                 for p in params.values():
                     p.data.fill_(math.nan)
     for group, name in watched:
@@ -145,10 +159,8 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for group, name in watched:
-        values['decay', group, name, steps] = \
-            (before[name] - params[name].detach()).norm() / before[name].norm().clamp(min=1e-30)
-    if not values:
-        raise UserError('nothing was measured: name some modules, parameters or blocks')
+        lost = (before[name] - params[name].detach()).norm()
+        values['decay', group, name, steps] = lost / before[name].norm().clamp(min=1e-30)
     return {key: float(value) for key, value in values.items()}
 
 
@@ -164,7 +176,7 @@ class Band(NamedTuple):
     why: str
 
     def used(self, slope, stderr):
-        """How much of the band slope -+ stderr takes up: above 1 it is outside; infinity if it is not finite."""
+        """How much of the band slope and stderr take up: above 1 is outside; infinity if they are not finite."""
         used = (abs(slope - (self.low + self.high) / 2) + stderr) / ((self.high - self.low) / 2)
         return used if math.isfinite(used) else math.inf
 
@@ -176,7 +188,8 @@ def around(expected, tolerance, why):
 FLAT = around(0, 0.15, 'must not depend on size; finite sizes and few steps move it by up to 0.1')
 LAZY = around(0, 0.25, 'no block may come closer to its linearization: -1/2 is lazy')
 UPDATE = 'Adam moves a weight by its lr, whatever the size of the gradient'
-GRADIENT = around(0, 0.25, 'eps must follow the gradient: one factor forgotten is 1/2 or 1')
+EPS = around(0, 0.25, 'eps must follow the gradient: one factor forgotten is 1/2 or 1')
+GRADIENT = 'what it is divided by on its way back, at step 0: m_N, and m_L^alpha inside of the blocks'
 DECAY = 'lr x weight decay, up to rounding'
 
 
@@ -196,6 +209,10 @@ class Line(NamedTuple):
     band: Band | None  # None: not judged
 
     @property
+    def key(self):
+        return self.quantity, self.group, self.step, self.name
+
+    @property
     def used(self):
         """How much of the band is used up: above 1 is a failure."""
         return self.band.used(self.slope, self.stderr) if self.band else 0.0
@@ -212,10 +229,10 @@ def fit(sizes, values):
         return slopes.mean(), slopes.std(ddof=1) / len(slopes) ** 0.5, tuple(2 ** y.mean(0))
 
 
-def lines_of(runs, sizes, seeds, expected, judged):
-    """A Line for every quantity in runs[size, seed] = measure(..), but for those that are zero everywhere.
+def lines_of(runs, sizes, seeds, expected):
+    """A Line for every quantity in runs[size, seed] = measure(..), judged by `expected`, {pattern: Band or None}.
 
-    `expected` is {pattern: Band or None}; of quantities in `judged`, {quantity: steps}, only those steps have a band.
+    What is zero at every size has no slope: it is left out if it may be zero, and has the slope nan, a failure, if not.
     """
     series, where = defaultdict(lambda: np.full((len(seeds), len(sizes)), math.nan)), {}
     names_at = defaultdict(set)  # the names of a group at each size
@@ -237,73 +254,70 @@ def lines_of(runs, sizes, seeds, expected, judged):
                 series[key][at], where[key] = found[name], name
     lines = []
     for key, values in series.items():
-        if np.any(values != 0):
-            text = ' '.join(str(part) for part in key)
-            band = next((band for pattern, band in expected.items() if re.fullmatch(pattern, text)), None)
-            if key[2] not in judged.get(key[0], [key[2]]):
-                band = None
+        text = ' '.join(str(part) for part in key)
+        band = next((band for pattern, band in expected.items() if re.fullmatch(pattern, text)), None)
+        may_be_zero = band is None or key[2] == 0
+        if np.any(values != 0) or not may_be_zero:
             lines.append(Line(*key, where[key], *fit(sizes, values), band))
     return lines
 
 
 @dataclass
 class Report:
-    """What check() found: the lines of the treatment and, if there is one, of the control, by their names."""
+    """What check() found: str() is the table with the verdict."""
     title: str
     size_name: str
     sizes: list
-    lines: dict
-
-    @property
-    def sides(self):
-        """Lines of the treatment, lines of the control or []."""
-        return [*self.lines.values(), []][:2]
+    names: tuple  # of the treatment and, if there is one, the control
+    treatment: list  # of Line
+    control: list
 
     @property
     def failures(self):
         """Lines of the treatment outside of their bands, worst first."""
-        return sorted((line for line in self.sides[0] if line.used > 1), key=lambda line: -line.used)
+        return sorted((line for line in self.treatment if line.used > 1), key=lambda line: -line.used)
 
     @property
     def control_failures(self):
-        """Lines of the control outside of their bands in what the modules do, not in what the optimizer was told."""
-        return [line for line in self.sides[1] if line.used > 1 and line.quantity in OF_MODULES]
+        """Lines of the control that show it to fail: changes and distances outside, even less their standard error."""
+        lines = [line for line in self.control if line.band and line.quantity in ('change', 'distance')] or self.control
+        return [line for line in lines if line.band and not line.band.used(line.slope, -line.stderr) <= 1]
 
     @property
     def passed(self):
-        return not self.failures and (len(self.lines) == 1 or bool(self.control_failures))
+        return not self.failures and (len(self.names) == 1 or bool(self.control_failures))
 
     def __str__(self):
-        names = [*self.lines, ''][:2]
         row = '{:<11}{:<14}{:<23}{:>4}{:>9}{:>16}{:>16} {:<5}{:>15} {}'.format
-        text = [self.title, row('quantity', 'of', 'worst line', 'step', 'expected', 'band', names[0], '', names[1], '')]
-        worst = [{}, {}]
-        for side, lines in zip(worst, self.sides):
-            for line in lines:
-                key = line.quantity, line.group
-                if line.band and line.used >= (side[key].used if key in side else 0):
-                    side[key] = line
-        bands = {}
-        for key, line in worst[0].items():
-            band, control = line.band, worst[1].get(key)
-            bands[band] = f'{band.low:+.2f} .. {band.high:+.2f}'
+        treatment, control = (*self.names, '')[:2]
+        text = [self.title, row('quantity', 'of', 'worst line', 'step', 'expected', 'band', treatment, '', control, '')]
+        worst, bands = {}, {}
+        for line in self.treatment:
+            key = line.quantity, line.group
+            if line.band and (key not in worst or line.used > worst[key].used):
+                worst[key] = line
+        in_control = {line.key: line for line in self.control}
+        for line in worst.values():
+            beside = in_control.get(line.key)
+            bands[line.band] = f'{line.band.low:+.2f} .. {line.band.high:+.2f}'
             text.append(row(
-                *key, re.sub(r'^transformer\.|\.weight$', '', line.name), line.step, f'{band.expected:g}', bands[band],
+                line.quantity, line.group, re.sub(r'^transformer\.|\.weight$', '', line.name), line.step,
+                f'{line.band.expected:g}', bands[line.band],
                 f'{line.slope:+.2f} ± {line.stderr:.2f}', 'FAIL' if line.used > 1 else 'pass',
-                f'{control.slope:+.2f} ± {control.stderr:.2f}' if control else '',
-                'outside' if control and control.used > 1 else ''))
+                f'{beside.slope:+.2f} ± {beside.stderr:.2f}' if beside else '',
+                'outside' if beside and beside.used > 1 else ''))
         text += ['Bands hold a slope and its standard error over the seeds:']
         text += [f'    {shown}  {band.why}' for band, shown in bands.items()]
-        judged = sum(line.band is not None for line in self.sides[0])
+        judged = sum(line.band is not None for line in self.treatment)
         if self.failures:
-            text.append(f'FAIL: {len(self.failures)} of {judged} slopes of {names[0]} are outside of their bands: '
+            text.append(f'FAIL: {len(self.failures)} of {judged} slopes of {treatment} are outside of their bands: '
                         + ', '.join(str(line) for line in self.failures[:3]))
         elif not self.passed:
-            text.append(f'FAIL: the control {names[1]} passes, too, so this check proves nothing: use more sizes, more '
+            text.append(f'FAIL: the control {control} passes, too, so this check proves nothing: use more sizes, more '
                         'steps or a larger learning rate')
         else:
-            against = f', {len(self.control_failures)} of the control {names[1]} are not' if names[1] else ''
-            text.append(f'PASS: all {judged} slopes of {names[0]} are inside of their bands{against}')
+            beside = f'; the control {control} fails in {len(self.control_failures)}' if control else '; no control ran'
+            text.append(f'PASS: all {judged} slopes of {treatment} are inside of their bands{beside}')
         return '\n'.join(line.rstrip() for line in text)
 
     def plot(self, path):
@@ -315,21 +329,30 @@ class Report:
         matplotlib.use('Agg')
         from matplotlib import pyplot, ticker
         from PIL import Image  # comes with matplotlib
-        models = list(self.lines)[::-1]  # the control on the left
-        shown = [line for line in self.sides[0] if line.quantity in OF_MODULES]
-        quantities, groups, steps = (list(dict.fromkeys(line[i] for line in shown)) for i in range(3))
+        models = dict(zip(self.names, (self.treatment, self.control)))
+        models = dict(reversed(models.items()))  # the control on the left
+        shown = [line for line in self.treatment if line.quantity in OF_MODULES]
+        if not shown:
+            raise UserError('neither modules nor blocks were measured: there is nothing to plot')
+        quantities = list(dict.fromkeys(line.quantity for line in shown))
+        groups = list(dict.fromkeys(line.group for line in shown))
+        steps = 1 + max(line.step for lines in models.values() for line in lines)
         figure, grid = pyplot.subplots(
             len(groups), len(quantities) * len(models), squeeze=False, sharex=True, layout='constrained',
             figsize=(0.8 + 3 * len(quantities) * len(models), 0.8 + 2.2 * len(groups)))
         for row, group in zip(grid, groups):
             for i, quantity in enumerate(quantities):
                 pair = row[i * len(models):][:len(models)]
-                of_group = [line for line in shown if line[:2] == (quantity, group)]
-                worst = max(of_group, key=lambda line: line.used)
-                lines = {model: [line for line in self.lines[model] if line[:2] == (quantity, group)
-                                 and line.name == worst.name] for model in models}
-                values = np.array([line.values for model in models for line in lines[model]])
+                of_group = [line for line in shown if (line.quantity, line.group) == (quantity, group)]
+                worst = max(of_group, key=lambda line: line.used, default=None)
+                lines = {model: [line for line in found if worst and (line.quantity, line.group, line.name) ==
+                                 (quantity, group, worst.name)] for model, found in models.items()}
+                values = np.array([value for found in lines.values() for line in found for value in line.values])
                 values = values[np.isfinite(values) & (values > 0)]
+                if not len(values):
+                    for axes in pair:
+                        axes.set_axis_off()
+                    continue
                 middle = (values.min() * values.max()) ** 0.5
                 # one scale for both, and never less than a factor of 8: what is flat must look flat
                 low, high = min(values.min(), middle / 8 ** 0.5) / 1.2, max(values.max(), middle * 8 ** 0.5) * 1.2
@@ -340,7 +363,7 @@ class Report:
                         label = f'step {line.step}: slope {line.slope:+.2f} ± {line.stderr:.2f}'
                         axes.plot(self.sizes, line.values, marker='o', markersize=3, linewidth=1.2,
                                   label=label if line.step in (judged[:1] + judged[-1:]) else None,
-                                  color=pyplot.cm.viridis_r(0.1 + 0.9 * steps.index(line.step) / len(steps)))
+                                  color=pyplot.cm.viridis_r(0.1 + 0.9 * line.step / steps))
                     one_of_several = any(line.name != worst.name for line in of_group)
                     which = f" ({worst.name.removeprefix('transformer.')})" if one_of_several else ''
                     axes.set_title(f'{quantity} of {group}{which}\n{model}', fontsize=8)
@@ -370,15 +393,17 @@ def write_csv(path, reports):
         writer.writerow(['check', 'model', 'quantity', 'group', 'step', 'name', 'where', 'slope', 'stderr', 'expected',
                          'low', 'high', 'verdict', 'sizes', 'values'])
         for name, report in reports.items():
-            for model, lines in report.lines.items():
+            for model, lines in zip(report.names, (report.treatment, report.control)):
                 for line in lines:
-                    band = [*line.band[:3], 'fail' if line.used > 1 else 'pass'] if line.band else ['', '', '', '']
-                    writer.writerow([name, model, *line[:5], f'{line.slope:.4f}', f'{line.stderr:.4f}', *band,
-                                     ' '.join(f'{size:g}' for size in report.sizes),
+                    band = ['', '', '', '']
+                    if line.band:
+                        band = [line.band.expected, line.band.low, line.band.high, 'fail' if line.used > 1 else 'pass']
+                    writer.writerow([name, model, *line.key, line.where, f'{line.slope:.4f}', f'{line.stderr:.4f}',
+                                     *band, ' '.join(f'{size:g}' for size in report.sizes),
                                      ' '.join(f'{value:.5g}' for value in line.values)])
 
 
-def check(make, sizes, modules, parameters={}, blocks='', expected={}, control=None, seeds=3, steps=10,
+def check(make, sizes, modules={}, parameters={}, blocks='', expected={}, control=None, seeds=3, steps=10,
           names=('treatment', 'control'), title='coordinate check', size_name='size'):
     """Trains make(size) for every size and seed, fits every quantity, and returns a Report with the verdict.
 
@@ -387,30 +412,40 @@ def check(make, sizes, modules, parameters={}, blocks='', expected={}, control=N
     `modules`, `parameters`: {group: pattern of whole names}, whose outputs and weights are measured; `blocks`: pattern
     of modules whose distance from linearization is. `expected`: {pattern: Band, slope or None for not judged}, matched
     against 'quantity group step name'; the first match counts. What matches none is judged as flat if it is an
-    activation, a change or a distance, and not at all if it belongs to a weight. Raises UserError.
+    activation or a change, at the first and the last step, or a distance, and not at all if it belongs to a weight.
+    Raises UserError.
     """
+    names = tuple(names) if control else tuple(names)[:1]
+    if len(set(names)) != 1 + bool(control):
+        raise UserError(f'the names {names} must be different, one for the treatment and one for the control')
     if len(set(sizes)) < 3 or len(set(sizes)) < len(sizes) or min(sizes) <= 0:
         raise UserError(f'sizes {list(sizes)} give no slope: use at least three different positive ones')
     if seeds < 2 or steps < 1:
         raise UserError(f'seeds={seeds} and steps={steps} are too few: use at least 2 seeds, for the standard error, '
                         'and 1 step')
-    expected = {pattern: around(band, 0.15, 'as asked for') if isinstance(band, int | float) else band
-                for pattern, band in expected.items()}
-    expected = {**expected, '(activation|change) .*': FLAT, 'distance .*': LAZY}
-    # the first step that shows it and the last are judged; a plot shows those between
-    judged = {'activation': (0, steps), 'change': (1, steps)}
-    sizes, lines, seeds = sorted(sizes), {}, list(range(1, seeds + 1))
-    makes = dict(zip(names, [make] if control is None else [make, control]))
-    with tqdm(total=len(makes) * len(sizes) * len(seeds), unit='run', disable=None, leave=False) as bar:
-        for name, make in makes.items():
+    bands = {pattern: around(band, 0.15, 'as asked for') if isinstance(band, int | float) else band
+             for pattern, band in expected.items()}
+    for pattern, band in ((rf'activation \S+ (0|{steps}) .*', FLAT), (rf'change \S+ (1|{steps}) .*', FLAT),
+                          (r'distance \S+ 1 .*', LAZY)):
+        bands.setdefault(pattern, band)
+    sizes, seeds, lines = sorted(sizes), list(range(1, seeds + 1)), []
+    with tqdm(total=len(names) * len(sizes) * len(seeds), unit='run', disable=None, leave=False) as bar:
+        for name, make_one in zip(names, (make, control)):
             runs = {}
             for size in sizes:
                 for seed in seeds:
                     bar.set_description(f'{name}, size {size:g}, seed {seed}')
-                    runs[size, seed] = measure(make, size, seed, modules, parameters, blocks, steps)
+                    runs[size, seed] = measure(make_one, size, seed, modules, parameters, blocks, steps)
                     bar.update()
-            lines[name] = lines_of(runs, sizes, seeds, expected, judged)
-    return Report(title, size_name, sizes, lines)
+            lines.append(lines_of(runs, sizes, seeds, bands))
+    report = Report(title, size_name, sizes, names, lines[0], lines[1] if control else [])
+    texts = [' '.join(str(part) for part in line.key) for line in report.treatment]
+    for pattern in expected:
+        if not any(re.fullmatch(pattern, text) for text in texts):
+            raise UserError(f"expected['{pattern}'] matches nothing that was measured, such as {texts[:1]}")
+    if not any(line.band for line in report.treatment):
+        raise UserError('nothing is judged: name some modules or blocks, or expected slopes for some parameters')
+    return report
 
 
 # -----------------------------------------------------------------------------
@@ -476,37 +511,49 @@ class CoordCheckConfig:
         """Raises UserError for a value that no check can use."""
         require_at_least(self, seeds=2, steps=1, block_size=1, batch_tokens=1, batch_size=1, probe_tokens=1,
                          learning_rate=0, weight_decay=0, beta1=0, beta2=0, eps=1e-38)
+        for key in ('beta1', 'beta2'):
+            if getattr(self, key) >= 1:
+                raise UserError(f'{key}={getattr(self, key)} is not allowed: use a value in [0, 1)')
+        if self.control not in ('', 'none', *PARAMETERIZATIONS):
+            raise UserError(f"control='{self.control}' is not known: use none, {', '.join(PARAMETERIZATIONS)}")
+        if self.control == self.parameterization:
+            raise UserError(f"control='{self.control}' is what is checked: use another, or none")
         for axis in self.axes.split(','):
             if axis not in AXES:
                 raise UserError(f"axis '{axis}' is not known: use {', '.join(AXES)}, several separated by commas")
 
 
-def expected_slopes(axis, alpha):
-    """The slopes that are not 0, or are judged in another way, for check(). From the papers, not from model.py."""
+def expected_slopes(axis, alpha, steps):
+    """What check() is to expect beside flat activations and changes. From the papers, not from model.py."""
     hidden, inside = '(hidden_weight|residual_proj)', '(block_norm|hidden_bias|hidden_weight|residual_proj)'
-    expected = {}
+    weights = {'update .*': around(0, 0.1, UPDATE), 'grad/eps .*': EPS,
+               'decay (embedding|hidden_weight|residual_proj|unembedding) .*': around(0, 0.02, DECAY)}
     if axis == 'width':
         head = 'the random part of the logits falls as width^-1/2, n_embd terms over m_N, until learning hides it'
-        expected = {'activation logits .*': Band(-0.5, -0.65, 0.15, head),
-                    'change logits .*': Band(0, -0.4, 0.15, head),
-                    f'update {hidden} .*': around(-1, 0.1, UPDATE)}
+        return {'activation logits 0 .*': around(-0.5, 0.15, head),
+                f'activation logits {steps} .*': Band(-0.5, -0.65, 0.15, head),
+                f'change logits (1|{steps}) .*': Band(0, -0.35, 0.15, head),
+                'gradient .*': around(-1, 0.25, GRADIENT), f'update {hidden} .*': around(-1, 0.1, UPDATE), **weights}
     if axis == 'depth':
-        expected = {'(activation|change) logits .*': None,  # the final norm hides what depth does
-                    '(activation|change) residual .* (lowest|highest)': None,  # the first block of many is no last one
-                    f'update {inside} .*': around(alpha - 1, 0.1, UPDATE),
-                    f'decay {hidden} .*': around(alpha - 1, 0.02, DECAY)}
+        block = 'with alpha < 1 what a block adds of its own falls as its lr, what it passes on is flat'
+        return {'(activation|change) logits .*': None,  # the final norm hides what depth does
+                '(activation|change) residual .* (lowest|highest)': None,  # the first block of many is no last one
+                f'(activation|change) (attention|mlp) (1|{steps}) .*':
+                    FLAT if alpha == 1 else Band(alpha - 1, alpha - 1.15, 0.15, block),
+                f'gradient {inside} .*': around(-alpha, 0.25, GRADIENT), 'gradient .*': around(0, 0.25, GRADIENT),
+                f'update {inside} .*': around(alpha - 1, 0.1, UPDATE),
+                f'decay {hidden} .*': around(alpha - 1, 0.02, DECAY), **weights}
     if axis == 'density':
-        expected = {f'update {hidden} .*': around(-1, 0.1, UPDATE)}
-    return {**expected, 'update .*': around(0, 0.1, UPDATE), 'gradient .*': GRADIENT,
-            'decay .*': around(0, 0.02, DECAY)}
+        return {f'update {hidden} .*': around(-1, 0.1, UPDATE), 'gradient .*': around(0, 0.25, GRADIENT), **weights}
+    return {}
 
 
 def make_gpt(config, data, device, autocast, shape, varies, size):
     """A GPT with `varies`=size, its optimizer and its losses, for check()."""
     c = config
-    model = GPT(GPTConfig(**{**shape, varies: size})).to(device)
+    seed = torch.initial_seed()  # check() has set it
+    model = GPT(GPTConfig(**{**shape, varies: size, 'mask_seed': seed})).to(device)
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
-    seed = torch.initial_seed()
     sequences, _, micro_batches = split_batch(c, world_size=1)
     batch_size = sequences // micro_batches
 
@@ -581,16 +628,21 @@ def plan(config, axis, data, device):
                  head_dim=c.head_dim, init_std=c.init_std, input_mult=c.input_mult, base_head_dim=c.head_dim)
     smallest = {**shape, varies: min(sizes)}
     shape.update(base_n_layer=smallest['n_layer'], base_n_embd=smallest['n_embd'])
-    names = [c.parameterization] + [c.control or control] * (c.control != 'none')
-    shapes = [dict(shape, parameterization=name, alpha=c.alpha * (name == c.parameterization)) for name in names]
+    names = [c.parameterization]
+    if c.control != 'none' and (c.control or control) != c.parameterization:  # what is checked is no control of itself
+        names.append(c.control or control)
+    shapes = [dict(shape, parameterization=name, alpha=0.0) for name in names]
+    shapes[0]['alpha'] = c.alpha
     try:
         for size in sizes:
             for kwargs in shapes:
                 GPTConfig(**{**kwargs, varies: size})
     except ValueError as error:
         raise UserError(error) from None
-    if len(set(sizes)) < 3:
+    if len(set(sizes)) < 3 or len(set(sizes)) < len(sizes):
         raise UserError(f'{keys}={getattr(c, keys)} gives no slope: use at least three different sizes')
+    if axis == 'laziness' and min(sizes) < 2:
+        raise UserError(f'{keys}={getattr(c, keys)} is not allowed: the laziness axis needs at least 2 layers')
     dtype = pick_dtype(c.dtype, device)
     if dtype == torch.float16:
         raise UserError("dtype='float16' needs the gradient scaling of train.py: use float32 or bfloat16")
@@ -600,18 +652,22 @@ def plan(config, axis, data, device):
     # alpha as the papers promise it, not as model.py has it: that is under test
     alpha = c.alpha or (0.5 if c.parameterization == 'depth_mup' else 1.0)
     fixed = ', '.join(f'{key}={shape[key]}' for key in ('n_layer', 'n_embd') if key != varies)
-    common = dict(sizes=sizes, size_name=varies, seeds=c.seeds, names=names, expected=expected_slopes(axis, alpha))
+    expected = expected_slopes(axis, alpha, c.steps)
+    if not c.weight_decay:
+        expected = {pattern: band for pattern, band in expected.items() if not pattern.startswith('decay')}
+    common = dict(sizes=sizes, size_name=varies, seeds=c.seeds, names=names)
 
     def arguments(makes, what, steps, **more):
         title = f"{axis}: {' against '.join(names)}, {what}, {c.seeds} seeds, {steps} step{'s' * (steps > 1)}"
-        return dict(common, make=makes[0], control=(*makes, None)[1], title=title, steps=steps, **more)
+        control = makes[1] if len(makes) > 1 else None
+        return dict(common, make=makes[0], control=control, title=title, steps=steps, **more)
 
     gpts = [partial(make_gpt, c, data, device, autocast, kwargs, varies) for kwargs in shapes]
     if axis != 'laziness':
-        return {axis: arguments(gpts, fixed, c.steps, modules=MODULES, parameters=ROLES)}
+        return {axis: arguments(gpts, fixed, c.steps, modules=MODULES, parameters=ROLES, expected=expected)}
     toys = [partial(make_toy, kwargs['parameterization'], kwargs['alpha']) for kwargs in shapes]
-    return {'laziness_toy': arguments(toys, "the paper's toy network", 1, modules={}, blocks=r'branches\.1'),
-            'laziness': arguments(gpts, fixed, 1, modules={}, blocks=r'transformer\.h\.\d+')}
+    return {'laziness_toy': arguments(toys, "the paper's toy network", 1, blocks=r'branches\.1'),
+            'laziness': arguments(gpts, fixed, 1, blocks=r'transformer\.h\.\d+')}
 
 
 def main():
@@ -625,6 +681,7 @@ def main():
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        write_csv(out_dir / 'coord_check.csv', {})
     except OSError as error:
         raise UserError(f"out_dir='{out_dir}' cannot be written: {error}") from None
     reports = {}

@@ -1,5 +1,6 @@
 """Tests of coord_check.py: its numbers against arithmetic, its verdicts against planted faults, its messages."""
 import csv
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from coord_check import (
     AXES,
     FLAT,
     CoordCheckConfig,
+    Line,
+    Report,
     around,
     check,
     distance_from_linearization,
@@ -68,7 +71,7 @@ def test_completep_supar_passes_and_its_control_fails(reports, axis, quantity, g
     for name, report in reports(axis).items():
         assert report.passed and report.control_failures, f'{name}\n{report}'
         assert str(report).splitlines()[-1].startswith('PASS')
-        slopes = [line.slope for line in report.sides[1] if line[:3] == (quantity, group, step)]
+        slopes = [line.slope for line in report.control if line.key[:3] == (quantity, group, step)]
         if least is None:  # the control is lazy, by theory with -1/2
             assert all(-0.8 < slope < -0.3 for slope in slopes)
         else:
@@ -135,8 +138,8 @@ SEEN = {
     ('init not scaled', 'density'): ('activation', 'mlp'),
     ('decay not scaled', 'width'): ('decay', 'hidden_weight'),
     ('decay not scaled', 'density'): ('decay', 'hidden_weight'),
-    ('eps not scaled', 'width'): ('gradient', 'hidden_weight'),
-    ('eps not scaled', 'depth'): ('gradient', 'hidden_weight'),
+    ('eps not scaled', 'width'): ('grad/eps', 'hidden_weight'),
+    ('eps not scaled', 'depth'): ('grad/eps', 'hidden_weight'),
     ('density ignored in lr', 'density'): ('update', 'hidden_weight'),
     ('alpha off by 0.5', 'depth'): ('update', 'hidden_weight'),
     ('alpha off by 0.5', 'laziness'): ('distance', 'block'),
@@ -154,8 +157,8 @@ def test_planted_faults(reports, monkeypatch, fault, axis):
     found = reports(axis, control='none', **changes).values()
     failures = [line for report in found for line in report.failures]
     if (fault, axis) in SEEN:
-        assert SEEN[fault, axis] in [line[:2] for line in failures], failures
-        assert any(str(line) in str(report) for report in found for line in failures)  # the verdict names some
+        quantity, group = SEEN[fault, axis]
+        assert any(re.search(rf'^{quantity} +{group} .* FAIL', str(report), re.MULTILINE) for report in found), failures
         if fault == 'one layer of eight wrong':
             assert {line.where.split('.')[2] for line in failures if line.group == 'hidden_weight'} == {'3'}
     else:
@@ -175,9 +178,17 @@ def test_a_control_that_passes_is_a_fail(reports):
     assert 'the control completep_supar passes, too' in str(report)
 
 
+def test_depth_mup_is_stable_over_depth_but_lazy(reports):
+    report = reports('depth', parameterization='depth_mup')['depth']
+    assert report.passed, report
+    lazy = reports('laziness', parameterization='depth_mup')  # which is its own control, so that none runs
+    assert not any(report.passed or report.control for report in lazy.values())
+
+
 def test_mup_fails_over_depth(reports):
     report = reports('depth', parameterization='mup', control='none')['depth']
-    assert ('change', 'residual') in [line[:2] for line in report.failures]
+    assert ('change', 'residual') in [(line.quantity, line.group) for line in report.failures]
+    assert 'mup against' not in report.title  # mup is the control itself
 
 
 # -----------------------------------------------------------------------------
@@ -211,7 +222,7 @@ def test_measured_numbers_by_hand():
     w1 = 2 - 0.5 * (-1 + 0.1 * 2)        # SGD's decay is part of the gradient: 2.4
     w2 = w1 - 0.5 * (-1 + 0.1 * w1)      # 2.78
     expected = {
-        ('gradient', 'w', 'first.weight', 0): 2.0,  # mean of the probe; SGD has no eps, so in units of 1
+        ('gradient', 'w', 'first.weight', 0): 2.0,  # mean of the probe; SGD has no eps to compare it with
         ('activation', 'out', 'first', 0): 4.0, ('activation', 'out', 'first', 1): 2 * w1,
         ('activation', 'out', 'first', 2): 2 * w2,
         ('change', 'out', 'first', 0): 0.0, ('change', 'out', 'first', 1): 2 * (w1 - 2),
@@ -222,13 +233,14 @@ def test_measured_numbers_by_hand():
     assert values == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradient_is_in_units_of_eps_and_masked_entries_do_not_count():
+def test_eps_is_compared_with_the_gradient_and_masked_entries_do_not_count():
     def make(size):
         net = nn.Linear(4, 1, bias=False)
         optimizer = torch.optim.Adam(net.parameters(), eps=1e-3)
         return net, optimizer, lambda step: net(torch.tensor([[3.0, 3.0, 0.0, 0.0]])).sum()
     values = measure(make, 1, 0, {}, {'w': 'weight'}, '', 1)
-    assert values['gradient', 'w', 'weight', 0] == pytest.approx(3.0 / 1e-3)
+    assert values['gradient', 'w', 'weight', 0] == pytest.approx(3.0)
+    assert values['grad/eps', 'w', 'weight', 0] == pytest.approx(3.0 / 1e-3)
     assert values['update', 'w', 'weight', 1] == pytest.approx(1e-3, rel=1e-3)  # Adam's first step, where it moves
 
 
@@ -244,12 +256,12 @@ class Square(nn.Module):
 def test_distance_from_linearization_by_hand():
     w, delta = torch.tensor([1.0, 2.0, 4.0]), 0.5
     # (w + d)^2 - w^2 = 2 w d + d^2: the linear part is 2 w d, the rest d^2
-    distance = distance_from_linearization(Square(), (torch.ones(3),), {'w': w}, {'w': w + delta})
+    distance = distance_from_linearization(Square(), {'w': w}, {'w': w + delta}, (torch.ones(3),))
     assert float(distance) == pytest.approx(3 * delta ** 2 / (2 * delta * 7), rel=1e-12)
     linear = nn.Linear(3, 3)
     before = {name: p.detach() for name, p in linear.named_parameters()}
     after = {name: p + 0.1 for name, p in before.items()}
-    assert float(distance_from_linearization(linear, (torch.randn(5, 3),), before, after)) < 1e-12
+    assert float(distance_from_linearization(linear, before, after, (), dict(input=torch.randn(5, 3)))) < 1e-12
 
 
 @settings(max_examples=50, deadline=None)
@@ -292,7 +304,8 @@ def test_where_layers_vary_in_number_the_extremes_are_judged():
         net = Stack(size)
         return net, torch.optim.SGD(net.parameters(), lr=0.0), lambda step: net(torch.ones(1, 1)).sum()
     report = check(make, [2, 4, 8], {'layer': r'layers\.\d+', 'all': ''}, seeds=2, steps=1)
-    found = {line.name: (line.values, line.where) for line in report.sides[0] if line[:3] == ('activation', 'layer', 0)}
+    found = {line.name: (line.values, line.where) for line in report.treatment
+             if line.key[:3] == ('activation', 'layer', 0)}
     assert found == {'lowest': (pytest.approx((1, 1, 1)), 'layers.0'), 'last': (pytest.approx((2, 4, 8)), 'layers.7'),
                      'highest': (pytest.approx((2, 4, 8)), 'layers.7')}
 
@@ -324,7 +337,8 @@ def toy(learning_rate):
 def test_a_run_that_diverges_fails_and_is_drawn_all_the_same(tmp_path):
     report = check(toy(1e-3), [4, 8, 16], {'out': '3'}, control=toy(1e30), seeds=2, steps=4)
     assert float('inf') in [line.used for line in report.control_failures]
-    assert report.plot(tmp_path / 'a.png').stat().st_size > 10_000
+    assert report.plot(tmp_path / 'a.png').stat().st_size > 5_000
+    assert check(toy(1e30), [4, 8, 16], {'out': '3'}, seeds=2, steps=1).plot(tmp_path / 'b.png').exists()
     assert 'nan' in str(report)
 
 
@@ -335,10 +349,47 @@ def test_the_probe_is_taken_without_dropout():
     assert measure(make, 64, 0, {'out': '3'}, {}, '', 2)['change', 'out', '3', 2] == 0
 
 
+def test_what_does_not_move_fails():
+    report = check(toy(0.0), [4, 8, 16], {'out': '3'}, parameters={'w': r'3\.weight'}, expected={'update w .*': 0},
+                   seeds=2, steps=1)
+    assert {(line.quantity, line.step) for line in report.failures if math.isnan(line.slope)} == {
+        ('change', 1), ('update', 1)}
+
+
+def test_a_noisy_control_does_not_count_as_failing():
+    band = around(0, 0.15, '')
+    noisy, failing = (Line('change', 'out', 1, '3', '3', slope, stderr, (1, 1, 1), band)
+                      for slope, stderr in ((0.0, 0.5), (0.5, 0.1)))
+    flat = failing._replace(slope=0.0, stderr=0.0)
+    started_wrong = failing._replace(quantity='activation', step=0)
+    def report(*control):
+        return Report('', 'size', [1, 2, 4], ('a', 'b'), [flat], list(control))
+    assert not report(noisy).passed and not report(flat, started_wrong).passed and report(noisy, failing).passed
+
+
+def test_own_expectations_come_first():
+    report = check(toy(1e-3), [4, 8, 16], {'out': '3'}, seeds=2, steps=2, expected={r'change \S+ (1|2) .*': 7})
+    assert {line.band.expected for line in report.treatment if line.quantity == 'change' and line.band} == {7}
+
+
+def test_a_module_that_is_not_called_is_an_error():
+    def make(size):
+        net, optimizer, loss_fn = toy(0.1)(size)
+        net.spare = nn.Linear(1, 1)
+        net.forward = lambda x: nn.Sequential(*list(net)[:4])(x)
+        return net, optimizer, loss_fn
+    with pytest.raises(UserError, match=re.escape("the module 'spare' (s) is not called by the loss")):
+        check(make, [4, 8, 16], {'s': 'spare'}, seeds=2, steps=1)
+
+
 @pytest.mark.parametrize('arguments, message', [
     (dict(modules={'out': 'nothing'}), "nothing is called 'nothing' (out)"),
     (dict(parameters={'w': 'nothing'}), "nothing is called 'nothing' (w)"),
-    (dict(modules={}), 'nothing was measured'),
+    (dict(modules={}), 'nothing is judged'),
+    (dict(modules={}, parameters={'w': '.*'}), 'nothing is judged'),
+    (dict(expected={'activation uot .*': 0}), "expected['activation uot .*'] matches nothing"),
+    (dict(control=toy(0.1), names=('a', 'a')), 'must be different'),
+    (dict(control=toy(0.1), names=('a',)), 'must be different'),
     (dict(sizes=[4, 8]), 'use at least three'),
     (dict(sizes=[4, 8, 8]), 'use at least three'),
     (dict(sizes=[0, 4, 8]), 'use at least three'),
@@ -361,7 +412,7 @@ def test_a_compiled_model_is_an_error_not_an_empty_record():
 def test_expected_slopes_can_be_numbers_bands_or_none():
     report = check(toy(1e-3), [4, 8, 16], {'out': '3'}, seeds=2, steps=2,
                    expected={'activation out 0 .*': 5, 'activation .*': None})
-    bands = {line[:3]: line.band for line in report.sides[0]}
+    bands = {line.key[:3]: line.band for line in report.treatment}
     assert bands['activation', 'out', 0].expected == 5 and bands['activation', 'out', 2] is None
     assert bands['change', 'out', 2] is FLAT
 
@@ -411,7 +462,10 @@ def test_exit_codes_and_files(data_dir, tmp_path):
     (dict(axes='density', densities='0.5,1,2'), 'density=2.0 is not allowed: use a value in (0, 1]'),
     (dict(axes='density', densities='0,0.5,1'), 'density=0.0 is not allowed'),
     (dict(parameterization='mu'), "parameterization='mu' is not allowed"),
-    (dict(control='mu'), "parameterization='mu' is not allowed"),
+    (dict(control='mu'), "control='mu' is not known: use none, gpt2, sp"),
+    (dict(control='completep_supar'), "control='completep_supar' is what is checked"),
+    (dict(beta1=1.0), 'beta1=1.0 is not allowed: use a value in [0, 1)'),
+    (dict(axes='laziness', depths='1,2,4'), 'at least 2 layers'),
     (dict(parameterization='mup', alpha=0.75), "does not see depth"),
     (dict(seeds=1), 'seeds=1 is not allowed: use a finite value of at least 2'),
     (dict(steps=0), 'steps=0 is not allowed'),

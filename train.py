@@ -201,8 +201,8 @@ def build_model(config, data, saved):
 def update(model, optimizer, losses, grad_clip=0.0, scaler=None, mean_over_ranks=lambda loss: loss):
     """One optimizer step down the sum of `losses`, those of the micro-batches, each taken back before the next is made.
 
-    Returns (loss, gradient norm before clipping, whether the step was taken): it is not where one of them is not
-    finite, unless the scaler of float16 may still find a scale at which they are.
+    Returns (loss, gradient norm before clipping, diverged). It has diverged, and no step is taken, when one of them is
+    not finite, unless the scaler of float16 may still find a scale at which they are.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     total = 0.0
@@ -213,12 +213,12 @@ def update(model, optimizer, losses, grad_clip=0.0, scaler=None, mean_over_ranks
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     loss, grad_norm = torch.stack([mean_over_ranks(total), grad_norm]).tolist()  # waits for the device
     scaler_may_recover = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
-    taken = scaler_may_recover or math.isfinite(loss) and math.isfinite(grad_norm)
-    if taken:
+    diverged = not (scaler_may_recover or math.isfinite(loss) and math.isfinite(grad_norm))
+    if not diverged:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, taken
+    return loss, grad_norm, diverged
 
 
 def train(config):
@@ -361,9 +361,9 @@ def train(config):
         # dropout's random state, like the data, is a function of (seed, step, rank): a resumed run has the same
         torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))
         starts = data.train_starts(c.seed, step, sequences, c.block_size)[rank * local_sequences:]
-        loss, grad_norm, taken = update(model, optimizer, micro_losses(starts), c.grad_clip, scaler,
-                                        lambda loss: sum_over_ranks(loss) / world_size)
-        if not taken:
+        loss, grad_norm, diverged = update(model, optimizer, micro_losses(starts), c.grad_clip, scaler,
+                                           lambda loss: sum_over_ranks(loss) / world_size)
+        if diverged:
             diverged_at = step
             break
 
