@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import coord_check
 import model
-from configurator import UserError
+from configurator import UserError, configure
 from coord_check import (
     AXES,
     FLAT,
@@ -432,6 +432,12 @@ def test_readme_examples(i, capsys):
 
 # -----------------------------------------------------------------------------
 # The command
+
+
+def test_the_depth_grid_of_the_paper():
+    config = CoordCheckConfig(**configure(CoordCheckConfig, [str(ROOT / 'config' / 'coord_check_depth.py')]))
+    assert (config.n_embd, config.head_dim, config.batch_tokens, config.block_size) == (256, 64, 8 * 1024, 1024)
+    assert config.depths == '2,4,8,16,32,64' and config.steps == 10 and config.seeds == 3
 
 
 def flags(data_dir, tmp_path, **changes):

@@ -730,7 +730,7 @@ def test_sample_of_a_char_model_names_unknown_characters(tiny, tmp_path):
 # Configs and the first minute
 
 
-CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
+CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py') if not path.name.startswith('coord_check'))
 
 
 @pytest.mark.parametrize('name', CONFIGS)
