@@ -1,5 +1,5 @@
 # the depth grid of the code of CompleteP (arXiv:2505.01618, Fig. 7): python coord_check.py config/coord_check_depth.py
-# Hardware: any CPU. Time, without its control: 1 minute for each seed of the depths to 16 on 2 cores; 32 and 64 not run.
+# Hardware: any CPU. Time on 2 cores: 1 minute for each seed of the depths to 16, without a control; more was not run.
 parameterization = 'completep'
 axes = 'depth'
 out_dir = 'out/coord_check_depth'
