@@ -105,7 +105,7 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
     model, optimizer, loss_fn = make(size)
     params = dict(model.named_parameters())
     start = {name: p.detach().clone() for name, p in params.items()}
-    watched = matches(parameters, params.items())
+    keys, watched = matches(modules, model.named_modules()), matches(parameters, params.items())
     eps = {p: group.get('eps') for group in optimizer.param_groups for p in group['params']}
     seen, seen_blocks = record_probes(model, modules), record_probes(model, {'block': blocks} if blocks else {})
     values, first = {}, {}  # tensors: numbers are read when the run is over
@@ -129,7 +129,7 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
         seen.clear()
         with torch.no_grad():
             list(losses(PROBE))
-            for key in matches(modules, model.named_modules()):
+            for key in keys:
                 if key not in seen:
                     raise UserError(f"the module '{key[1]}' ({key[0]}) is not called by the loss: leave it out")
                 x = seen[key][2].detach().float()
