@@ -16,8 +16,8 @@ KEPT = 2
 
 
 def find(out_dir):
-    """Checkpoint files of a run, newest first."""
-    return sorted(Path(out_dir).glob('ckpt_*.pt'), reverse=True)
+    """Checkpoint files of a run, newest first; none for out_dir='', a run that writes nothing."""
+    return sorted(Path(out_dir).glob('ckpt_*.pt'), reverse=True) if out_dir else []
 
 
 def write_atomically(path, write):

@@ -60,7 +60,16 @@ def check(key, value, types, where):
     return value
 
 
-def read_file(path, types):
+def check_values(key, value, types, where, axes):
+    """check(), and for the keys of `axes` a list of values instead of one. Raises UserError."""
+    if key not in axes or not isinstance(value, list):
+        return check(key, value, types, where)
+    if not value:
+        raise UserError(f'{where}: {key} is an empty list; give it at least one value')
+    return [check(key, one, types, where) for one in value]
+
+
+def read_file(path, types, axes=()):
     """Overrides from one config file. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"no file '{path}'; flags are written --key=value")
@@ -78,37 +87,42 @@ def read_file(path, types):
         for name in set(sys.modules) - modules_before:  # another folder may have a file of the same name
             if str(getattr(sys.modules[name], '__file__', None) or '').startswith(folder):
                 del sys.modules[name]
-    overrides = {key: check(key, value, types, path) for key, value in names.items()
+    overrides = {key: check_values(key, value, types, path, axes) for key, value in names.items()
                  if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
     if not overrides:  # YAML's `n_layer: 3`, for one, is valid Python that sets nothing
         raise UserError(f'{path}: sets no key; a config is Python, a line like n_layer = 3 for each key')
     return overrides
 
 
-def read_flag(argument, types):
-    """The (key, value) of one --key=value. Raises UserError."""
+def parse(text, expected):
+    """The text of a flag as the type `expected`, or as it is where it is none: check() says what was expected."""
+    if expected is bool:
+        return {'true': True, 'false': False}.get(text.lower(), text)
+    try:
+        return expected(text) if expected in (int, float) else text
+    except ValueError:
+        return text
+
+
+def read_flag(argument, types, axes=()):
+    """The (key, value) of one --key=value; for the keys of `axes` also --key=value,value. Raises UserError."""
     key, equals, text = argument[2:].partition('=')
     if not equals:
         raise UserError(f"'{argument}' has no value; write {argument}=VALUE")
-    expected = types.get(key, str)
-    value = text
-    if expected is bool:
-        value = {'true': True, 'false': False}.get(text.lower(), text)
-    elif expected is not str:
-        try:
-            value = expected(text)
-        except ValueError:
-            pass  # check() says what was expected
-    return key, check(key, value, types, f"'{argument}'")
+    values = [parse(part, types.get(key, str)) for part in (text.split(',') if key in axes else [text])]
+    return key, check_values(key, values if len(values) > 1 else values[0], types, f"'{argument}'", axes)
 
 
-def configure(defaults, argv):
+def configure(defaults, argv, axes=None):
     """Overrides of the dataclass `defaults` from the arguments `argv`; --help prints its source, which is the manual.
 
-    Raises UserError for whatever it cannot use.
+    `axes` is a second dataclass, whose keys are known too and may hold a list of values. Raises UserError for whatever
+    it cannot use.
     """
-    types = {field.name: field.type if isinstance(field.type, type) else type(field.default)
-             for field in fields(defaults)}
+    types, more = ({field.name: field.type if isinstance(field.type, type) else type(field.default)
+                    for field in fields(keys)} if keys else {} for keys in (defaults, axes))
+    axes = more.keys() - types.keys()
+    types |= more
     overrides = {}
     for argument in argv:
         if argument in ('-h', '--help'):
@@ -116,8 +130,8 @@ def configure(defaults, argv):
             print(inspect.getsource(defaults).split('    def __post_init__')[0])
             sys.exit(0)
         if argument.startswith('--'):
-            key, value = read_flag(argument, types)
+            key, value = read_flag(argument, types, axes)
             overrides[key] = value
         else:
-            overrides.update(read_file(argument, types))
+            overrides.update(read_file(argument, types, axes))
     return overrides

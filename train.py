@@ -35,7 +35,7 @@ from sample import GPT2_NAMES, load_gpt2, print_sample
 @dataclass
 class TrainConfig:
     # the run
-    out_dir: str = 'out'                   # folder for all that the run writes
+    out_dir: str = 'out'                   # folder for all that the run writes; '': it writes nothing
     overwrite: bool = False                # True: start anew although out_dir holds checkpoints
     init_from: str = 'scratch'             # scratch, resume (go on in out_dir), or GPT-2: gpt2, gpt2-medium, ..
     seed: int = 1337                       # weights, data order and dropout
@@ -222,7 +222,7 @@ def update(model, optimizer, losses, grad_clip=0.0, scaler=None, mean_over_ranks
 
 
 def train(config):
-    """Runs a training run and returns its summary, also written to out_dir/summary.json.
+    """Runs a training run and returns its summary, also written to out_dir/summary.json unless out_dir is ''.
 
     A run that diverges returns normally, with diverged_at = the step that was not taken. Raises UserError.
     """
@@ -316,7 +316,7 @@ def train(config):
                 yield loss  # its backward runs here, inside no_sync and outside autocast
 
     log = None
-    if main_process and not c.eval_only:
+    if main_process and c.out_dir and not c.eval_only:
         try:
             os.makedirs(c.out_dir, exist_ok=True)
             Path(c.out_dir, 'config.json').write_text(json.dumps(asdict(c), indent=1))

@@ -1,0 +1,477 @@
+"""
+Tune small, train large, and show that the optimum stayed where it was: many training runs, and a report of them.
+
+    python sweep.py config/sweep_depth.py                                  learning rate against depth
+    python sweep.py config/sweep_depth.py --seed=1,2,3 --workers=2         what is there is kept, the rest is run
+    python sweep.py config/sweep_depth.py --storage=URL                    many machines, one database: run it on each
+    python sweep.py --tune config/completep_base.py --trials=64            random search; writes best.py for train.py
+
+The keys are those of train.py, which may hold a list of values, and the ones below. A list of n_layer, n_embd, density
+or parameterization, and each of `shapes`, makes models to compare; seeds are averaged; any other list is an axis: what
+is tuned. Points that come to the same computation, as all parameterizations do at the base shape, are trained once.
+"""
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import sqlalchemy
+import torch
+from optuna.storages._heartbeat import get_heartbeat_thread, is_heartbeat_enabled
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
+from hardware import pick_device
+from model import GPT, PARAMETERIZATIONS, GPTConfig
+from stack import stack_size, stackable, train_stack, why_not_stack
+from sweep_report import Report
+from train import MODEL_KEYS, TrainConfig, open_dataset, split_batch, train
+
+SAMPLERS = {'tpe': optuna.samplers.TPESampler, 'gp': optuna.samplers.GPSampler, 'qmc': optuna.samplers.QMCSampler,
+            'cmaes': optuna.samplers.CmaEsSampler}
+TUNED = dict(  # what --tune searches, where the config gives no list: each log-uniform between the two
+    learning_rate=[2**-11, 2**-4], init_std=[0.01, 0.3], input_mult=[0.5, 32.0], attn_mult=[0.25, 4.0],
+    output_mult=[0.25, 4.0])
+
+
+@dataclass
+class SweepConfig:
+    out_dir: str = 'out/sweep'             # folder for study.db, trials.csv, report.md and the plots
+    shapes: list = field(default_factory=list)  # models to compare, as dicts: [dict(n_layer=2, n_embd=256), ..]
+    search: str = 'grid'                   # grid: all combinations; random: `trials` points, log-uniform between an
+    #                                        axis's least and greatest value, each on every model; or a sampler of
+    #                                        Optuna for a single model: tpe, gp, qmc, cmaes
+    trials: int = 64                       # points of any search but grid
+    search_seed: int = 1                   # of any search but grid
+    tune: bool = False                     # random search of the usual axes, then the best as a config: best.py
+    # where and how
+    storage: str = ''                      # a database for Optuna, or grpc://host:port; '': SQLite in out_dir
+    study: str = 'sweep'                   # name of this sweep in the storage
+    workers: int = 0                       # processes on this machine; 0: one per GPU, else one per core
+    stack: int = 0                         # trials trained as one batched model; 0: chosen by the device
+    heartbeat_s: int = 30                  # the trial of a worker not heard of for three times as long is run again
+
+    def __post_init__(self):
+        """Raises UserError for a value that no sweep can use."""
+        require_at_least(self, trials=1, search_seed=0, workers=0, stack=0, heartbeat_s=1)
+        if self.search not in ('grid', 'random', *SAMPLERS):
+            raise UserError(f"search='{self.search}' is not known: use grid, random, {', '.join(SAMPLERS)}")
+        if not self.out_dir or not self.study:
+            raise UserError('out_dir and study cannot be empty: a sweep keeps its trials')
+
+
+ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+KEPT = ('bits_per_byte', 'last_train_loss', 'diverged_at', 'tokens', 'params', 'seconds', 'stack', 'dtype', 'device',
+        'torch')  # of a run's summary, beside the loss
+
+
+# -----------------------------------------------------------------------------
+# The points: dicts of the keys in which trials differ
+
+MODEL_AXES = ('n_layer', 'n_embd', 'density', 'parameterization')
+ELSEWHERE = ('device', 'compile')  # may differ between the workers of a study
+ALONE = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=2**62, sample_tokens=0, wandb_log=False)
+NOT_SWEPT = (*ALONE, *ELSEWHERE, 'overwrite', 'always_save_checkpoint', 'log_interval', 'wandb_project',
+             'wandb_run_name')
+
+
+def crossed(axes):
+    """Every combination of the values in `axes`, as dicts; the last axis changes first."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def drawn(axes, trials, seed):
+    """`trials` random points, log-uniform where all values are above zero; more trials begin with the same points."""
+    rng = np.random.default_rng(seed)
+
+    def draw(values):
+        if not isinstance(values[0], (int, float)) or isinstance(values[0], bool):
+            return values[rng.integers(len(values))]
+        least, most = min(values), max(values)
+        value = least * (most / least) ** rng.random() if least > 0 else least + (most - least) * rng.random()
+        return round(value) if isinstance(values[0], int) else float(f'{value:.4g}')
+    return [{key: draw(values) for key, values in axes.items()} for _ in range(trials)]
+
+
+def digest(config):
+    """A name for what a run computes: parameterizations enter by their rules, so equal models have equal names."""
+    facts = {key: value for key, value in asdict(config).items() if key not in NOT_SWEPT}
+    shape = {key: facts.pop(key) for key in MODEL_KEYS}
+    rules = GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or 1 << 30}).rules
+    for key in ('parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim'):
+        del shape[key]
+    if shape['density'] == 1:
+        del shape['mask_seed']
+    return hashlib.sha1(json.dumps([facts, shape, rules], sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Plan:
+    """What a sweep is to run.
+
+    models: dicts, a line in the plots each; axes: {key: values}; points: dicts of model, axes and seed; configs: the
+    TrainConfig of each point; base: what they share, which a study must not change.
+    """
+
+    def __init__(self, config, overrides):
+        """Raises UserError for a point that cannot run."""
+        values = {key: value if isinstance(value, list) else [value] for key, value in overrides.items()}
+        for key in ('seed', *MODEL_AXES):
+            values.setdefault(key, [getattr(TrainConfig, key)])
+        unusable = [key for key in NOT_SWEPT if len(values.get(key, [])) > 1]
+        if unusable:
+            raise UserError(f'{unusable[0]} cannot be swept: give it one value')
+        if not all(isinstance(shape, dict) and shape for shape in config.shapes):
+            raise UserError(f'shapes={config.shapes} is not allowed: use a list of dicts, [dict(n_layer=2), ..]')
+        in_shapes = [key for shape in config.shapes for key in shape]
+        unknown = [key for key in in_shapes if key not in {field.name for field in fields(TrainConfig)}]
+        if unknown:
+            raise UserError(f"shapes: unknown key '{unknown[0]}'; see python train.py --help for all keys")
+        repeated = [key for key, held in values.items() if len(set(held)) < len(held)]
+        if repeated:
+            raise UserError(f'{repeated[0]}={values[repeated[0]]} holds a value twice: leave one out')
+        grid = crossed({key: values[key] for key in MODEL_AXES if key not in in_shapes})
+        self.models = [{**model, **shape} for model in grid for shape in config.shapes or [{}]]
+        self.axes = {key: held for key, held in values.items()
+                     if (len(held) > 1 or key == 'learning_rate') and key not in ('seed', *MODEL_AXES, *in_shapes)}
+        self.axes.setdefault('learning_rate', [TrainConfig.learning_rate])
+        self.seeds = values['seed']
+        self.base = {key: held[0] for key, held in values.items()
+                     if key not in ('seed', *MODEL_AXES, *in_shapes, *self.axes, *NOT_SWEPT) or key in ELSEWHERE}
+        self.sampled = config.search in SAMPLERS
+        if self.sampled and len(self.models) * len(self.seeds) > 1:
+            raise UserError(f"search='{config.search}' tunes one model, this is {len(self.models)} with "
+                            f'{len(self.seeds)} seeds: use grid or random, or a single one of each')
+        if config.search != 'grid' and all(len(held) < 2 for held in self.axes.values()):
+            raise UserError(f"search='{config.search}' has nothing to search: give an axis its least and greatest "
+                            'value, such as --learning_rate=0.0005,0.05')
+        settings = drawn(self.axes, config.trials, config.search_seed) if config.search == 'random' else \
+            crossed(self.axes)
+        # seeds one after the other, so that a sweep that was stopped has whole ones
+        self.points = [{**model, **setting, 'seed': seed}
+                       for seed in self.seeds for model in self.models for setting in settings]
+        self.configs = [self.train_config(point) for point in self.points]
+
+    def config_of(self, trial, device):
+        """The TrainConfig of a trial of this plan on `device`."""
+        return replace(self.train_config({**self.points[0], **trial.params}), device=device)
+
+    def train_config(self, point):
+        """The TrainConfig of a point. Raises UserError."""
+        try:
+            config = TrainConfig(**{**self.base, **point, **ALONE})
+            split_batch(config, world_size=1)
+            shape = {key: getattr(config, key) for key in MODEL_KEYS}
+            GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or 1 << 30})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{error} (in {', '.join(f'{key}={value}' for key, value in point.items())})") from None
+        return config
+
+
+def cost(config, data):
+    """FLOPs of one run: what the progress bar counts."""
+    shape = {key: getattr(config, key) for key in MODEL_KEYS}
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or data.vocab_size}))
+    tokens = config.tokens_per_param * model.num_params() or config.max_iters * config.batch_tokens
+    return model.flops_per_token() * (tokens + 2 * config.eval_tokens / 3)
+
+
+# -----------------------------------------------------------------------------
+# The study: Optuna keeps the queue, the results, and watch over the workers
+
+
+def open_study(config):
+    """Optuna's study, a new one if there is none. Raises UserError if the storage cannot be used."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings('ignore', 'Heartbeat of storage')  # run_trials() records it
+    url = config.storage or f"sqlite:///{Path(config.out_dir, 'study.db').resolve()}"
+    try:
+        if url.startswith('grpc://'):
+            host, _, port = url.removeprefix('grpc://').partition(':')
+            storage = optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+        else:
+            sqlite = url.startswith('sqlite')
+            storage = optuna.storages.RDBStorage(
+                url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {},
+                heartbeat_interval=config.heartbeat_s, grace_period=3 * config.heartbeat_s,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback())
+            if sqlite:
+                lock_before_reading(storage.engine)
+        sampler = optuna.samplers.RandomSampler() if config.search in ('grid', 'random') else \
+            SAMPLERS[config.search](seed=config.search_seed)
+        return optuna.create_study(study_name=config.study, storage=storage, sampler=sampler, load_if_exists=True)
+    except Exception as error:  # whatever the driver of that database raises
+        raise UserError(f"storage '{url}' cannot be used ({type(error).__name__}: {first_line(error)}): use one that "
+                        'works, or leave --storage out for a file in out_dir') from None
+
+
+def lock_before_reading(engine):
+    """SQLite takes its lock at the first write: without this two workers read that a trial waits, and both run it."""
+    @sqlalchemy.event.listens_for(engine, 'connect')
+    def leave_transactions_to_us(connection, _):
+        connection.isolation_level = None
+
+    @sqlalchemy.event.listens_for(engine, 'begin')
+    def lock(connection):
+        connection.exec_driver_sql('BEGIN IMMEDIATE')
+    engine.dispose()  # the connection made before
+
+
+def trials_of(study, *states):
+    return study.get_trials(deepcopy=False, states=states or None)
+
+
+def distribution(key, values):
+    """Optuna's description of a key; the text ones cannot grow later, so they start with all that is allowed."""
+    texts = {'parameterization': tuple(PARAMETERIZATIONS), 'schedule': ('linear', 'cosine', 'constant')}
+    if isinstance(values[0], (str, bool)):
+        return optuna.distributions.CategoricalDistribution(texts.get(key) or tuple(sorted(set(values))))
+    kind = optuna.distributions.IntDistribution if isinstance(values[0], int) else \
+        optuna.distributions.FloatDistribution
+    return kind(min(values), max(values), log=min(values) > 0)
+
+
+def enqueue(study, plan):
+    """Adds the points that the study does not have yet. Raises UserError for a study of another sweep."""
+    known = study.user_attrs.get('base')
+    if known is None:
+        study.set_user_attr('base', plan.base)
+    else:
+        differ = [f'{key} is {known.get(key)!r} there and {plan.base.get(key)!r} here'
+                  for key in {**known, **plan.base} if known.get(key) != plan.base.get(key) and key not in ELSEWHERE]
+        if differ:
+            raise UserError(f"study '{study.study_name}' holds another sweep: {'; '.join(differ)}. Use another "
+                            '--out_dir or --study')
+    if plan.sampled:
+        return
+    there = {trial.user_attrs.get('run') for trial in trials_of(study, *ALIVE)}
+    held = {key: [point[key] for point in plan.points] for key in plan.points[0]}
+    for point, config in zip(plan.points, plan.configs):
+        run = digest(config)
+        if run in there:
+            continue
+        there.add(run)
+        try:
+            study.add_trial(optuna.create_trial(
+                state=TrialState.WAITING, params=point, user_attrs=dict(run=run),
+                distributions={key: distribution(key, held[key]) for key in point}))
+        except ValueError as error:
+            raise UserError(f"study '{study.study_name}' cannot take {point} ({first_line(error)}): use another "
+                            '--out_dir or --study') from None
+
+
+def take(study, plan, config, device):
+    """The trials to run next, marked as running: a stack of the first one's kind at most; none where none is left."""
+    taken, wanted = [], 1
+    while len(taken) < wanted:
+        waiting = trials_of(study, TrialState.WAITING)
+        if not waiting and (not plan.sampled or len(trials_of(study, *ALIVE)) >= config.trials):
+            break
+        trial = study.ask({key: distribution(key, held) for key, held in plan.axes.items()} if plan.sampled else None)
+        run = trial.user_attrs.get('run')
+        twins = [other for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE)
+                 if run and other.user_attrs.get('run') == run and other.number < trial.number]
+        if twins or not (run or plan.sampled):  # another machine queued the same point; another worker took the last
+            study.tell(trial, state=TrialState.PRUNED)
+            continue
+        if not taken:
+            wanted = config.stack or stack_size(plan.config_of(trial, device))
+        taken.append(trial)
+    return taken
+
+
+# -----------------------------------------------------------------------------
+# Workers
+
+
+def run_trials(study, plan, trials, device):
+    """Trains `trials`, neighbours that can be stacked together, and tells the study; an error fails only its own."""
+    with contextlib.ExitStack() as running:
+        for trial in trials:
+            running.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
+        configs = {trial.number: plan.config_of(trial, device) for trial in trials}
+        for _, group in itertools.groupby(trials, key=lambda trial: stackable(configs[trial.number])):
+            group = list(group)
+            stacks = [group] if not why_not_stack(configs[group[0].number]) else [[trial] for trial in group]
+            for stack in stacks:
+                train_and_tell(study, stack, [configs[trial.number] for trial in stack])
+
+
+def train_and_tell(study, trials, configs):
+    untold = list(trials)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            summaries = train_stack(configs) if len(configs) > 1 else [train(configs[0])]
+        for trial, summary in zip(trials, summaries):
+            for key in KEPT:
+                value = summary.get(key)
+                trial.set_user_attr(key, None if isinstance(value, float) and not math.isfinite(value) else value)
+            study.tell(trial, summary['val_loss'])
+            untold.remove(trial)
+    except Exception as error:  # out of memory, for one: the sweep goes on, and says so at its end
+        for trial in untold:
+            trial.set_user_attr('error', f'{type(error).__name__}: {first_line(error)}')
+    finally:
+        for trial in untold:  # also after Ctrl-C: the next start runs it at once
+            study.tell(trial, state=TrialState.FAIL)
+
+
+def work(config, overrides, device, threads, after_each=lambda: None):
+    """Runs trials until none is left, here or with another worker who may die yet."""
+    if threads:
+        torch.set_num_threads(threads)
+    plan, study = Plan(config, overrides), open_study(config)
+    while True:
+        optuna.storages.fail_stale_trials(study)  # those of dead workers come back into the queue
+        trials = take(study, plan, config, device)
+        if trials:
+            run_trials(study, plan, trials, device)
+            after_each()
+        elif is_heartbeat_enabled(study._storage) and trials_of(study, TrialState.RUNNING):
+            time.sleep(min(1, config.heartbeat_s))
+        else:
+            return
+
+
+def worker_main(*arguments):
+    with contextlib.suppress(KeyboardInterrupt):  # the parent says that it stopped
+        work(*arguments)
+
+
+def places(config, device):
+    """(device, threads) of each worker on this machine; threads 0: as many as torch takes."""
+    if pick_device(device).type == 'cuda':
+        gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device in ('auto', 'cuda') else [device]
+        return [(gpus[i % len(gpus)], 0) for i in range(config.workers or len(gpus))]
+    if pick_device(device).type != 'cpu':
+        return [(device, 0)] * (config.workers or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    workers = config.workers or cores  # small models leave a second thread idle: see LOG.md
+    return [(device, max(1, cores // workers))] * workers
+
+
+def run(config, overrides, plan, study, costs):
+    """Starts the workers and shows their progress until they end. Raises UserError if they leave trials undone."""
+    bar = tqdm(total=round(sum(costs.values()) / 1e9), unit='GFLOP', dynamic_ncols=True, disable=None,
+               bar_format='{l_bar}{bar}| {elapsed} gone, {remaining} left{postfix}')
+
+    def show():
+        done = [trial for trial in trials_of(study, TrialState.COMPLETE)]
+        alive = len(trials_of(study, *ALIVE))
+        bar.update(round(sum(costs.get(trial.user_attrs.get('run'), 0) for trial in done) / 1e9) - bar.n)
+        diverged = sum(trial.value == math.inf for trial in done)
+        bar.set_postfix_str(f', {len(done)} of {config.trials if plan.sampled else alive} runs, {diverged} diverged')
+
+    where = places(config, plan.base.get('device', 'auto'))
+    print(f"{len(where)} worker{'s' * (len(where) > 1)}, {where[0][1] or 'all'} thread(s) each")
+    with bar:
+        show()
+        if len(where) == 1:
+            work(config, overrides, *where[0], show)
+            return
+        context = multiprocessing.get_context('spawn')
+        workers = [context.Process(target=worker_main, args=(config, overrides, *place)) for place in where]
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            workers[0].join(timeout=1)
+            show()
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+
+def rows_of(study, plan):
+    """A row for each point that has been run, those of the plan first; equal points have the same trial."""
+    finished = trials_of(study, TrialState.COMPLETE)
+    by_run = {trial.user_attrs.get('run'): trial for trial in reversed(finished)}
+    pairs = [(point, by_run[run]) for point, run in ((point, digest(config)) for point, config in
+                                                     zip(plan.points, plan.configs)) if run in by_run]
+    planned = {json.dumps(point, sort_keys=True) for point in plan.points}
+    for trial in finished:
+        point = {**plan.points[0], **trial.params}
+        if plan.sampled or json.dumps(point, sort_keys=True) not in planned:
+            pairs.append((point, trial))
+    return [dict(point, val_loss=trial.value, trial=trial.number, **{key: trial.user_attrs.get(key) for key in KEPT})
+            for point, trial in pairs]
+
+
+def write_best(path, plan, rows):
+    """Writes a config for train.py with the best point of the first model, the mean over the seeds; returns the row."""
+    settings = {}
+    for row in rows:
+        if all(row[key] == value for key, value in plan.models[0].items()):
+            settings.setdefault(tuple(row[key] for key in plan.axes), []).append(row)
+    best = min(settings.values(), key=lambda rows: (-len(rows), sum(row['val_loss'] for row in rows)))[0]
+    config = plan.train_config({key: best[key] for key in plan.points[0]})
+    always = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim', *plan.axes)
+    lines = [f"# The best of {len(settings)} points: validation loss {best['val_loss']:.4f} at this shape.",
+             f'# Train it larger with the same values: python train.py {path} --n_layer=.. --n_embd=..']
+    lines += [f'{key} = {value!r}' for key, value in asdict(config).items() if key not in (*ALONE, 'seed') and
+              (key in always or value != getattr(TrainConfig, key))]
+    Path(path).write_text('\n'.join([*lines, f"out_dir = '{Path(path).with_suffix('')}'"]) + '\n')
+    return best
+
+
+def main():
+    """Returns the exit code: 0, or 1 if runs failed. Raises UserError."""
+    argv = ['--tune=True' if argument == '--tune' else argument for argument in sys.argv[1:]]
+    overrides = configure(SweepConfig, argv, axes=TrainConfig)
+    own = {key: overrides.pop(key) for key in list(overrides) if key in {field.name for field in fields(SweepConfig)}}
+    if own.get('tune'):
+        if not any(argument.startswith('--out_dir=') for argument in argv):
+            own['out_dir'] = 'out/tune'  # not the one that the config gives to train.py
+        own.setdefault('search', 'random')
+        overrides = {**overrides, **{key: ends for key, ends in TUNED.items()
+                                     if not isinstance(overrides.get(key), list)}}
+    config = SweepConfig(**own)
+    plan = Plan(config, overrides)
+    data = [open_dataset(name) for name in dict.fromkeys(one.dataset for one in plan.configs)][0]
+    pick_device(plan.base.get('device', 'auto'))
+    try:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        Path(config.out_dir, 'trials.csv').touch()
+    except OSError as error:
+        raise UserError(f"out_dir='{config.out_dir}' cannot be written: {error}") from None
+    study = open_study(config)
+    enqueue(study, plan)
+    costs = {digest(one): cost(one, data) for one in plan.configs}
+    waiting = len(trials_of(study, TrialState.WAITING))
+    print(f"{len(plan.models)} models x {len(plan.points) // len(plan.models)} = {len(plan.points)} points, "
+          f'{len(costs)} different runs, {waiting} to do')
+    if config.stack > 1 and why_not_stack(plan.configs[0]):
+        print(f'trials are trained one by one: {why_not_stack(plan.configs[0])}')
+    run(config, overrides, plan, study, costs)
+    rows = rows_of(study, plan)
+    failed = [trial for trial in trials_of(study, TrialState.FAIL) if 'error' in trial.user_attrs]
+    if not rows:
+        raise UserError(f"no run has finished: {failed[-1].user_attrs['error'] if failed else 'all were stopped'}")
+    report = Report(config.out_dir, rows, plan.models, plan.axes, plan.base, fit=config.search == 'grid')
+    print(report.write(config.out_dir))
+    if config.tune:
+        best = Path(config.out_dir, 'best.py')
+        write_best(best, plan, rows)
+        print(f'{best} has the best values: python train.py {best} --n_layer=.. --n_embd=..')
+    left = len(trials_of(study, TrialState.WAITING, TrialState.RUNNING))
+    if failed and any(trial.user_attrs.get('run') in costs for trial in failed):
+        print(f"{len(failed)} runs failed, the last with {failed[-1].user_attrs['error']}; the same command runs "
+              'them again', file=sys.stderr)
+    return 1 if left else 0
+
+
+if __name__ == '__main__':
+    exit_on_user_error(main, 'stopped; the same command goes on')

@@ -1,0 +1,283 @@
+"""
+What a sweep found: trials.csv, a plot for each axis, and report.md with optimum, drift and regret.
+
+A row is a dict of one run: its point (n_layer, learning_rate, seed, ...) and what came out. Losses are nats per token
+over the fixed validation tokens at the end of the schedule; infinity for a run that diverged.
+"""
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RESULTS = ('val_loss', 'bits_per_byte', 'last_train_loss', 'diverged_at', 'tokens', 'params', 'seconds', 'stack',
+           'dtype', 'device', 'torch', 'trial')
+
+
+def write_csv(path, rows):
+    """All rows; the keys of the points first."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in RESULTS]
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, [*keys, *RESULTS], restval='')
+        writer.writeheader()
+        writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()}
+                         for row in rows)
+
+
+# -----------------------------------------------------------------------------
+# Optimum, drift, regret
+
+
+class Optimum(NamedTuple):
+    """Where a curve is lowest: `best`, the value run, and `at` +- `error`, a parabola's lowest point.
+
+    `at` is log2 of the value where that makes sense, see scale(). `error` is the standard error over the seeds, nan for
+    one seed. `edge`: '<' or '>' if the lowest point is the first or last value run, so that the optimum may be beyond.
+    """
+    best: object
+    at: float
+    error: float
+    edge: str
+    losses: dict  # {seed: loss} at `best`
+
+
+def scale(value, values):
+    """Where a value of an axis is drawn and fitted: log2 if all are above zero, its rank if they are no numbers."""
+    if any(isinstance(v, (str, bool)) for v in values):
+        return float(sorted(values).index(value))
+    return math.log2(value) if min(values) > 0 else float(value)
+
+
+def curve_of(rows, axis, other_axes):
+    """{value of `axis`: {seed: loss}}; the other axes are set to what is best, on average over the seeds, there."""
+    curve = {}
+    for value in sorted({row[axis] for row in rows}):
+        settings = {}
+        for row in rows:
+            if row[axis] == value:
+                settings.setdefault(tuple(row[key] for key in other_axes), {})[row['seed']] = row['val_loss']
+        most = max(len(losses) for losses in settings.values())
+        curve[value] = min((losses for losses in settings.values() if len(losses) == most), key=mean)
+    return curve
+
+
+def mean(losses):
+    return sum(losses.values()) / len(losses)
+
+
+def standard_error(values):
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def lowest(xs, losses):
+    """Lowest point of the parabola through the least loss and its two neighbours, and '<' or '>' at an end."""
+    i = int(np.argmin(losses))
+    if i in (0, len(xs) - 1):
+        return xs[i], '<' if i == 0 else '>'
+    if not np.isfinite(losses[i - 1:i + 2]).all():
+        return xs[i], ''
+    a, b, _ = np.polyfit(np.array(xs[i - 1:i + 2]) - xs[i], losses[i - 1:i + 2], 2)
+    return xs[i] + float(np.clip(-b / (2 * a), xs[i - 1] - xs[i], xs[i + 1] - xs[i])) if a > 0 else xs[i], ''
+
+
+def optimum(curve):
+    """The Optimum of a curve: of the mean over the seeds, with the spread of each seed's own."""
+    values, xs = list(curve), [scale(value, curve) for value in curve]
+    best = min(values, key=lambda value: mean(curve[value]))
+    if isinstance(best, (str, bool)):
+        return Optimum(best, scale(best, curve), math.nan, '', curve[best])
+    at, edge = lowest(xs, [mean(curve[value]) for value in values])
+    seeds = set.intersection(*(set(losses) for losses in curve.values()))
+    each = [lowest(xs, [curve[value][seed] for value in values])[0] for seed in sorted(seeds)]
+    return Optimum(best, at, standard_error(each), edge, curve[best])
+
+
+def compare(curves):
+    """Drift, its error, regret (a fraction of the loss), its error, and at how many values each shape beats the last.
+
+    `curves` are of one parameterization, from the base's to the target's. The regret is the target's: its loss at the
+    value that is best for the base, minus its own best.
+    """
+    first, last = optimum(curves[0]), optimum(curves[-1])
+    drift, drift_error = last.at - first.at, math.hypot(first.error, last.error)
+    at_base = curves[-1].get(first.best)
+    regret = regret_error = math.nan
+    if at_base:
+        regret = mean(at_base) / mean(last.losses) - 1
+        if math.isfinite(regret):
+            regret_error = standard_error([at_base[seed] / last.losses[seed] - 1 for seed in at_base])
+    shared = [value for value in curves[0] if all(value in curve for curve in curves)]
+    better = sum(all(mean(after[value]) < mean(before[value]) for before, after in zip(curves, curves[1:]))
+                 for value in shared)
+    return drift, drift_error, regret, regret_error, (better, len(shared))
+
+
+# -----------------------------------------------------------------------------
+# The report
+
+
+def number(value):
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def power(value, values):
+    """A value as text, 2^k where that is exact."""
+    if isinstance(value, float) and min(values) > 0 and math.log2(value) == round(math.log2(value)):
+        return f'2^{round(math.log2(value))}'
+    return number(value)
+
+
+def plus_minus(value, error, form):
+    return form.format(value) + (f' ± {form.format(error).lstrip("+")}' if math.isfinite(error) else '')
+
+
+LEGEND = """\
+Optimum: the lowest point of a parabola in log2 through the best value and its neighbours, on the mean over the seeds, ±
+the standard error of the seeds' own; after it the loss at the best value run. < and >: the best value is the first or
+last one run. Drift: last shape minus first. Regret: how much more the last shape loses at the value best for the first
+than at its own best. Where there are several axes, the others are at their best."""
+SEARCH_LEGEND = """\
+Each cell: the best value found, with its loss. Regret: how much more the last shape loses at the value best for the
+first than at its own best."""
+
+
+class Report:
+    """The tables of a sweep. `models` from base to target; `axes` are what is tuned; `fit`: a grid, not a search."""
+
+    def __init__(self, name, rows, models, axes, base, fit=True):
+        self.name, self.rows, self.models, self.axes, self.base, self.fit = name, rows, models, list(axes), base, fit
+        self.rules = list(dict.fromkeys(model['parameterization'] for model in models))
+        self.shape_keys = [key for key in models[0] if key != 'parameterization' and
+                           len({model[key] for model in models}) > 1]
+        self.seeds = sorted({row['seed'] for row in rows})
+
+    def shape(self, model):
+        return ', '.join(f'{key} {number(model[key])}' for key in self.shape_keys) or 'one shape'
+
+    def curves(self, rules, axis):
+        """{shape: curve} of one parameterization, in the order of the models, of what has been run."""
+        others = [key for key in self.axes if key != axis]
+        curves = {}
+        for model in self.models:
+            rows = [row for row in self.rows if all(row[key] == value for key, value in model.items())]
+            if model['parameterization'] == rules and rows:
+                curves[self.shape(model)] = curve_of(rows, axis, others)
+        return curves
+
+    def optimum_text(self, curve):
+        best = optimum(curve)
+        if not self.fit or isinstance(best.best, (str, bool)) or len(curve) < 3:
+            return f'{power(best.best, curve)}: {mean(best.losses):.4f}'
+        if min(curve) > 0:
+            at = f'2^{best.at:.2f}' + (f' ± {best.error:.2f}' if math.isfinite(best.error) else '')
+        else:
+            at = plus_minus(best.at, best.error, '{:.3g}')
+        return f'{best.edge and best.edge + " "}{at}: {mean(best.losses):.4f}'
+
+    def table(self, axis):
+        """Lines of Markdown: for each parameterization the optimum of every shape, drift, regret."""
+        shapes = list(dict.fromkeys(self.shape(model) for model in self.models))
+        curves = {rules: self.curves(rules, axis) for rules in self.rules}
+        heads = ['rules', *shapes]
+        if len(shapes) > 1:
+            heads += ['drift, octaves', "at the first's best", 'regret', 'each better than the one before']
+        lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+        for rules, of in curves.items():
+            cells = [rules] + [self.optimum_text(of[shape]) if shape in of else '' for shape in shapes]
+            if len(shapes) > 1 and len(of) == len(shapes):
+                cells += self.comparison(list(of.values()))
+            lines.append('| ' + ' | '.join(cells + [''] * (len(heads) - len(cells))) + ' |')
+        return lines
+
+    def comparison(self, curves):
+        drift, drift_error, regret, regret_error, (better, shared) = compare(curves)
+        first, last = optimum(curves[0]), optimum(curves[-1])
+        if not self.fit or isinstance(first.best, (str, bool)) or min(curves[0]) <= 0:
+            moved = f'{number(first.best)} to {number(last.best)}'
+        else:
+            at_an_end = ' (at an end of the grid)' if first.edge + last.edge else ''
+            moved = plus_minus(drift, drift_error, '{:+.2f}') + at_an_end
+        at_base = curves[-1].get(first.best)
+        lost = 'diverged' if regret == math.inf else plus_minus(100 * regret, 100 * regret_error, '{:.1f}') + '%'
+        return [moved, f'{mean(at_base):.4f}' if at_base else 'not run', lost if at_base else 'not run',
+                f'{better} of {shared}']
+
+    def markdown(self):
+        diverged = sum(row['val_loss'] == math.inf for row in self.rows)
+        trained_s = {row['trial']: row['seconds'] for row in self.rows}
+        tokens = sorted(f"{row['tokens']:,}" for row in self.rows if row['val_loss'] < math.inf)
+        shared = ', '.join(f'{key}={number(value)}' for key, value in sorted(self.base.items()))
+        lines = [
+            f'# {self.name}', '',
+            f'{len(self.rows)} points, {len(trained_s)} runs (equal ones are trained once), {diverged} diverged, '
+            f"{len(self.seeds)} seed(s); {' to '.join(dict.fromkeys(tokens[:1] + tokens[-1:]))} training "
+            f'tokens a run; {sum(trained_s.values()) / 3600:.2f} hours of training in all.', '',
+            f'Shared by all: {shared}.', '']
+        for axis in self.axes:
+            if len({row[axis] for row in self.rows}) > 1:
+                lines += [f'## {axis}', '', *self.table(axis), '', f'![{axis}]({axis}.png)', '']
+        return '\n'.join([*lines, LEGEND if self.fit else SEARCH_LEGEND]) + '\n'
+
+    def plot(self, axis, path):
+        """Loss against one axis: a panel for each parameterization, a line for each shape, every minimum marked."""
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+        panels = {rules: self.curves(rules, axis) for rules in self.rules}
+        values = sorted({row[axis] for row in self.rows})
+        finite = [mean(losses) for of in panels.values() for curve in of.values() for losses in curve.values()
+                  if mean(losses) < math.inf]
+        if not finite:
+            return None
+        # the minima are what matters: a few runs that barely learned would flatten them
+        low, high = min(finite), np.quantile(finite, 0.9)
+        bottom, top = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(max(5.2, 3.7 * len(panels)), 4.2), sharey=True,
+                                       squeeze=False, layout='constrained')
+        for panel, (rules, of) in zip(axes[0], panels.items()):
+            colors = pyplot.get_cmap('viridis')(np.linspace(0, 0.88, max(1, len(of))))
+            for color, (shape, curve) in zip(colors, of.items()):
+                xs = [scale(value, values) for value in curve]
+                means = [mean(losses) for losses in curve.values()]
+                if self.fit:
+                    panel.plot(xs, [y if y < math.inf else math.nan for y in means], '.-', color=color, label=shape)
+                    panel.fill_between(xs, *([end(losses.values()) if mean(losses) < math.inf else math.nan
+                                              for losses in curve.values()] for end in (min, max)),
+                                       color=color, alpha=0.15, linewidth=0)
+                else:
+                    panel.plot(xs, means, '.', color=color, label=shape, alpha=0.6)
+                diverged = [x for x, y in zip(xs, means) if y == math.inf]
+                panel.plot(diverged, [top] * len(diverged), 'x', color=color, clip_on=False)
+                best = optimum(curve)
+                if mean(best.losses) < math.inf:
+                    panel.plot(scale(best.best, values), mean(best.losses), 'o', color=color, markersize=9,
+                               markeredgecolor='black')
+            title = rules
+            if len(of) > 1 and len(of) == len({self.shape(model) for model in self.models}) and self.fit:
+                drift, _, regret, _ = self.comparison(list(of.values()))
+                title += f'\ndrift {drift.split(" (")[0]}, regret {regret}'
+            panel.set_title(title, fontsize=10)
+            panel.set_xlabel(f'log2 {axis}' if not any(isinstance(v, (str, bool)) for v in values) and min(values) > 0
+                             else axis)
+            if any(isinstance(v, (str, bool)) for v in values):
+                panel.set_xticks(range(len(values)), map(str, sorted(values)))
+            panel.set_ylim(bottom, top)
+            panel.grid(alpha=0.3)
+            panel.spines[['top', 'right']].set_visible(False)
+        axes[0][0].set_ylabel('validation loss (nats per token)')
+        axes[0][-1].legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=140)
+        pyplot.close(figure)
+        return path
+
+    def write(self, out_dir):
+        """Writes trials.csv, report.md and a plot for each axis; returns the text of the report."""
+        out_dir = Path(out_dir)
+        write_csv(out_dir / 'trials.csv', self.rows)
+        text = self.markdown()
+        (out_dir / 'report.md').write_text(text)
+        for axis in self.axes:
+            if len({row[axis] for row in self.rows}) > 1:
+                self.plot(axis, out_dir / f'{axis}.png')
+        return text
