@@ -3,6 +3,7 @@ What this machine can do: device, dtype, whether torch.compile works, peak FLOP/
 """
 import os
 import re
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,7 @@ def pick_dtype(name, device):
     return DTYPES[name]
 
 
+@cache
 def why_not_compile(device):
     """One line that says why torch.compile does not work here, or None where it does."""
     if device.type == 'mps':

@@ -8,6 +8,7 @@ groups, takes the step.
 """
 import math
 import time
+import warnings
 from dataclasses import asdict, replace
 
 import torch
@@ -119,6 +120,8 @@ def train_stack(configs):
         block.branch_mult = block.attn.logit_mult = 1.0
     grad_clip = torch.tensor([config.grad_clip or math.inf for config in configs], device=device)
 
+    warnings.filterwarnings('ignore', 'There is a performance drop')  # on a CPU attention goes one run after the other
+
     def losses(batches):
         """(K,) mean losses of a list of K batches, each inputs and targets (B, T)."""
         inputs, targets = (torch.stack(tensors) for tensors in zip(*batches))  # (K, B, T)
@@ -171,5 +174,5 @@ def train_stack(configs):
             last_train_loss=loss[k].item(), steps=steps_taken, tokens=steps_taken * c.batch_tokens, params=num_params,
             weight_decay=decays[k], seconds=seconds, diverged_at=diverged_at[k], stack=K, dtype=str(dtype)[6:],
             device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
-            torch=torch.__version__, config=asdict(config)))
+            torch=torch.__version__, config=asdict(replace(config, **asdict(models[k].config)))))
     return summaries

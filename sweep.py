@@ -12,12 +12,14 @@ is tuned. Points that come to the same computation, as all parameterizations do 
 """
 import contextlib
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import platform
 import sys
 import time
 import warnings
@@ -36,11 +38,14 @@ from configurator import UserError, configure, exit_on_user_error, first_line, r
 from hardware import pick_device
 from model import GPT, PARAMETERIZATIONS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
-from sweep_report import Report
+from sweep_report import Report, read_csv
 from train import MODEL_KEYS, TrainConfig, open_dataset, split_batch, train
 
-SAMPLERS = {'tpe': optuna.samplers.TPESampler, 'gp': optuna.samplers.GPSampler, 'qmc': optuna.samplers.QMCSampler,
-            'cmaes': optuna.samplers.CmaEsSampler}
+SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
+    'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
+    'qmc': (lambda seed: optuna.samplers.QMCSampler(seed=seed), 'scipy'),
+    'cmaes': (lambda seed: optuna.samplers.CmaEsSampler(), 'cmaes'),
+}
 TUNED = dict(  # what --tune searches, where the config gives no list: each log-uniform between the two
     learning_rate=[2**-11, 2**-4], init_std=[0.01, 0.3], input_mult=[0.5, 32.0], attn_mult=[0.25, 4.0],
     output_mult=[0.25, 4.0])
@@ -54,7 +59,7 @@ class SweepConfig:
     #                                        axis's least and greatest value, each on every model; or a sampler of
     #                                        Optuna for a single model: tpe, gp, qmc, cmaes
     trials: int = 64                       # points of any search but grid
-    search_seed: int = 1                   # of any search but grid
+    search_seed: int = 1                   # of random and qmc
     tune: bool = False                     # random search of the usual axes, then the best as a config: best.py
     # where and how
     storage: str = ''                      # a database for Optuna, or grpc://host:port; '': SQLite in out_dir
@@ -68,6 +73,9 @@ class SweepConfig:
         require_at_least(self, trials=1, search_seed=0, workers=0, stack=0, heartbeat_s=1)
         if self.search not in ('grid', 'random', *SAMPLERS):
             raise UserError(f"search='{self.search}' is not known: use grid, random, {', '.join(SAMPLERS)}")
+        package = SAMPLERS.get(self.search, (None, None))[1]
+        if package and not importlib.util.find_spec(package):
+            raise UserError(f"search='{self.search}' needs {package}: pip install {package}")
         if not self.out_dir or not self.study:
             raise UserError('out_dir and study cannot be empty: a sweep keeps its trials')
 
@@ -207,11 +215,11 @@ def open_study(config):
             storage = optuna.storages.RDBStorage(
                 url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {},
                 heartbeat_interval=config.heartbeat_s, grace_period=3 * config.heartbeat_s,
-                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback())
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
             if sqlite:
                 lock_before_reading(storage.engine)
         sampler = optuna.samplers.RandomSampler() if config.search in ('grid', 'random') else \
-            SAMPLERS[config.search](seed=config.search_seed)
+            SAMPLERS[config.search][0](config.search_seed)
         return optuna.create_study(study_name=config.study, storage=storage, sampler=sampler, load_if_exists=True)
     except Exception as error:  # whatever the driver of that database raises
         raise UserError(f"storage '{url}' cannot be used ({type(error).__name__}: {first_line(error)}): use one that "
@@ -244,30 +252,40 @@ def distribution(key, values):
     return kind(min(values), max(values), log=min(values) > 0)
 
 
-def enqueue(study, plan):
-    """Adds the points that the study does not have yet. Raises UserError for a study of another sweep."""
-    known = study.user_attrs.get('base')
-    if known is None:
+def enqueue(study, plan, out_dir):
+    """Adds the points that the study does not have yet; a new study starts with the trials.csv in `out_dir`.
+
+    Raises UserError for a study, or a trials.csv, of another sweep.
+    """
+    path = Path(out_dir, 'base.json')
+    here = f"study '{study.study_name}'", study.user_attrs.get('base')
+    if here[1] is None and path.exists():
+        here = f"'{path}'", json.loads(path.read_text())
+    differ = [f'{key} is {(here[1] or plan.base).get(key)!r} there and {plan.base.get(key)!r} here'
+              for key in {**(here[1] or {}), **plan.base}
+              if key not in ELSEWHERE and (here[1] or plan.base).get(key) != plan.base.get(key)]
+    if differ:
+        raise UserError(f"{here[0]} is of another sweep: {'; '.join(differ)}. Use another --out_dir or --study")
+    queue = []
+    if 'base' not in study.user_attrs:
         study.set_user_attr('base', plan.base)
-    else:
-        differ = [f'{key} is {known.get(key)!r} there and {plan.base.get(key)!r} here'
-                  for key in {**known, **plan.base} if known.get(key) != plan.base.get(key) and key not in ELSEWHERE]
-        if differ:
-            raise UserError(f"study '{study.study_name}' holds another sweep: {'; '.join(differ)}. Use another "
-                            '--out_dir or --study')
-    if plan.sampled:
-        return
+        types = {key: type(value) for key, value in asdict(TrainConfig()).items()}
+        rows = {row['trial']: row for row in read_csv(Path(out_dir, 'trials.csv'), types)}
+        for row in rows.values():
+            point = {key: row.pop(key) for key in plan.points[0]}
+            queue.append((point, dict(state=TrialState.COMPLETE, value=row.pop('val_loss')), row))
+    queue += [(point, dict(state=TrialState.WAITING), {}) for point in plan.points if not plan.sampled]
     there = {trial.user_attrs.get('run') for trial in trials_of(study, *ALIVE)}
-    held = {key: [point[key] for point in plan.points] for key in plan.points[0]}
-    for point, config in zip(plan.points, plan.configs):
-        run = digest(config)
+    held = {key: [point[key] for point, _, _ in queue] for key in plan.points[0]}
+    for point, state, results in queue:
+        run = digest(plan.train_config(point))
         if run in there:
             continue
         there.add(run)
         try:
             study.add_trial(optuna.create_trial(
-                state=TrialState.WAITING, params=point, user_attrs=dict(run=run),
-                distributions={key: distribution(key, held[key]) for key in point}))
+                **state, params=point, distributions={key: distribution(key, held[key]) for key in point},
+                user_attrs=dict(results, run=run)))
         except ValueError as error:
             raise UserError(f"study '{study.study_name}' cannot take {point} ({first_line(error)}): use another "
                             '--out_dir or --study') from None
@@ -289,6 +307,7 @@ def take(study, plan, config, device):
             continue
         if not taken:
             wanted = config.stack or stack_size(plan.config_of(trial, device))
+        trial.set_user_attr('worker', f'{platform.node()}:{os.getpid()}')
         taken.append(trial)
     return taken
 
@@ -297,7 +316,7 @@ def take(study, plan, config, device):
 # Workers
 
 
-def run_trials(study, plan, trials, device):
+def run_trials(study, plan, trials, device, compiled):
     """Trains `trials`, neighbours that can be stacked together, and tells the study; an error fails only its own."""
     with contextlib.ExitStack() as running:
         for trial in trials:
@@ -307,48 +326,69 @@ def run_trials(study, plan, trials, device):
             group = list(group)
             stacks = [group] if not why_not_stack(configs[group[0].number]) else [[trial] for trial in group]
             for stack in stacks:
+                if in_the_graph(configs[stack[0].number]) != compiled[0]:
+                    torch.compiler.reset()  # it keeps a handful of graphs, and runs without once there are more
+                    compiled[0] = in_the_graph(configs[stack[0].number])
                 train_and_tell(study, stack, [configs[trial.number] for trial in stack])
 
 
 def train_and_tell(study, trials, configs):
     untold = list(trials)
+
+    def tell(trial, attrs, **outcome):
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # given up for dead and run by another
+            for key, value in attrs.items():
+                trial.set_user_attr(key, None if isinstance(value, float) and not math.isfinite(value) else value)
+            study.tell(trial, **outcome)
+
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             summaries = train_stack(configs) if len(configs) > 1 else [train(configs[0])]
         for trial, summary in zip(trials, summaries):
-            for key in KEPT:
-                value = summary.get(key)
-                trial.set_user_attr(key, None if isinstance(value, float) and not math.isfinite(value) else value)
-            study.tell(trial, summary['val_loss'])
+            tell(trial, {key: summary.get(key) for key in KEPT}, values=summary['val_loss'])
             untold.remove(trial)
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        raise
     except Exception as error:  # out of memory, for one: the sweep goes on, and says so at its end
         for trial in untold:
-            trial.set_user_attr('error', f'{type(error).__name__}: {first_line(error)}')
-    finally:
-        for trial in untold:  # also after Ctrl-C: the next start runs it at once
-            study.tell(trial, state=TrialState.FAIL)
+            tell(trial, dict(error=f'{type(error).__name__}: {first_line(error)}'), state=TrialState.FAIL)
+    except KeyboardInterrupt:  # the next start is to run them at once
+        for trial in untold:
+            tell(trial, {}, state=TrialState.FAIL)
+        raise
+
+
+def in_the_graph(config):
+    """What torch.compile makes constants of: runs that differ in it are compiled anew."""
+    rules = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS if key != 'vocab_size'}).rules
+    return (*stackable(config), config.input_mult, config.attn_mult, config.output_mult,
+            *(rule.forward for rule in rules.values()))
 
 
 def work(config, overrides, device, threads, after_each=lambda: None):
-    """Runs trials until none is left, here or with another worker who may die yet."""
+    """Runs trials until none is left, here or with another worker who may die yet. Raises UserError."""
     if threads:
         torch.set_num_threads(threads)
-    plan, study = Plan(config, overrides), open_study(config)
-    while True:
-        optuna.storages.fail_stale_trials(study)  # those of dead workers come back into the queue
-        trials = take(study, plan, config, device)
-        if trials:
-            run_trials(study, plan, trials, device)
-            after_each()
-        elif is_heartbeat_enabled(study._storage) and trials_of(study, TrialState.RUNNING):
-            time.sleep(min(1, config.heartbeat_s))
-        else:
-            return
+    plan, study, compiled = Plan(config, overrides), open_study(config), [None]
+    watched = is_heartbeat_enabled(study._storage)
+    try:
+        while True:
+            optuna.storages.fail_stale_trials(study)  # those of dead workers come back into the queue
+            trials = take(study, plan, config, device)
+            if trials:
+                run_trials(study, plan, trials, device, compiled)
+                after_each()
+            elif watched and trials_of(study, TrialState.RUNNING):
+                time.sleep(min(1, config.heartbeat_s))
+            else:
+                return
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise UserError(f'the storage failed ({first_line(error)}): the same command goes on when it works') from None
 
 
 def worker_main(*arguments):
     with contextlib.suppress(KeyboardInterrupt):  # the parent says that it stopped
-        work(*arguments)
+        exit_on_user_error(lambda: work(*arguments))
 
 
 def places(config, device):
@@ -365,15 +405,18 @@ def places(config, device):
 
 def run(config, overrides, plan, study, costs):
     """Starts the workers and shows their progress until they end. Raises UserError if they leave trials undone."""
-    bar = tqdm(total=round(sum(costs.values()) / 1e9), unit='GFLOP', dynamic_ncols=True, disable=None,
+    each = max(costs.values())  # for the points that a sampler has yet to choose
+    planned, total = (config.trials, config.trials * each) if plan.sampled else (len(costs), sum(costs.values()))
+    bar = tqdm(total=round(total / 1e9), dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60,
                bar_format='{l_bar}{bar}| {elapsed} gone, {remaining} left{postfix}')
 
     def show():
-        done = [trial for trial in trials_of(study, TrialState.COMPLETE)]
-        alive = len(trials_of(study, *ALIVE))
-        bar.update(round(sum(costs.get(trial.user_attrs.get('run'), 0) for trial in done) / 1e9) - bar.n)
+        done = [trial for trial in trials_of(study, TrialState.COMPLETE)
+                if plan.sampled or trial.user_attrs['run'] in costs]
+        spent = sum(each if plan.sampled else costs[trial.user_attrs['run']] for trial in done)
         diverged = sum(trial.value == math.inf for trial in done)
-        bar.set_postfix_str(f', {len(done)} of {config.trials if plan.sampled else alive} runs, {diverged} diverged')
+        bar.update(round(spent / 1e9) - bar.n)
+        bar.set_postfix_str(f', {len(done)} of {planned} runs, {diverged} diverged')
 
     where = places(config, plan.base.get('device', 'auto'))
     print(f"{len(where)} worker{'s' * (len(where) > 1)}, {where[0][1] or 'all'} thread(s) each")
@@ -448,29 +491,35 @@ def main():
     except OSError as error:
         raise UserError(f"out_dir='{config.out_dir}' cannot be written: {error}") from None
     study = open_study(config)
-    enqueue(study, plan)
+    enqueue(study, plan, config.out_dir)
+    Path(config.out_dir, 'base.json').write_text(json.dumps(plan.base, indent=1))
     costs = {digest(one): cost(one, data) for one in plan.configs}
     waiting = len(trials_of(study, TrialState.WAITING))
-    print(f"{len(plan.models)} models x {len(plan.points) // len(plan.models)} = {len(plan.points)} points, "
-          f'{len(costs)} different runs, {waiting} to do')
+    if plan.sampled:
+        print(f'{config.trials} runs, {config.trials - len(trials_of(study, *ALIVE)) + waiting} to do')
+    else:
+        print(f'{len(plan.models)} model(s) x {len(plan.points) // len(plan.models)} = {len(plan.points)} points, '
+              f'{len(costs)} different runs, {waiting} to do')
     if config.stack > 1 and why_not_stack(plan.configs[0]):
-        print(f'trials are trained one by one: {why_not_stack(plan.configs[0])}')
+        print(f'runs are not stacked: {why_not_stack(plan.configs[0])}')
     run(config, overrides, plan, study, costs)
+
     rows = rows_of(study, plan)
-    failed = [trial for trial in trials_of(study, TrialState.FAIL) if 'error' in trial.user_attrs]
+    done = {trial.user_attrs.get('run') for trial in trials_of(study, TrialState.COMPLETE)}
+    errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL)
+              if 'error' in trial.user_attrs and trial.user_attrs.get('run') not in done]
     if not rows:
-        raise UserError(f"no run has finished: {failed[-1].user_attrs['error'] if failed else 'all were stopped'}")
-    report = Report(config.out_dir, rows, plan.models, plan.axes, plan.base, fit=config.search == 'grid')
+        raise UserError(f"no run has finished: {errors[-1] if errors else 'all were stopped'}")
+    report = Report(Path(config.out_dir).name, rows, plan.models, plan.axes, plan.base, fit=config.search == 'grid')
     print(report.write(config.out_dir))
     if config.tune:
         best = Path(config.out_dir, 'best.py')
         write_best(best, plan, rows)
         print(f'{best} has the best values: python train.py {best} --n_layer=.. --n_embd=..')
-    left = len(trials_of(study, TrialState.WAITING, TrialState.RUNNING))
-    if failed and any(trial.user_attrs.get('run') in costs for trial in failed):
-        print(f"{len(failed)} runs failed, the last with {failed[-1].user_attrs['error']}; the same command runs "
-              'them again', file=sys.stderr)
-    return 1 if left else 0
+    if errors:
+        print(f'{len(errors)} runs failed, the last with {errors[-1]}; the same command runs them again',
+              file=sys.stderr)
+    return 1 if errors or trials_of(study, TrialState.WAITING, TrialState.RUNNING) else 0
 
 
 if __name__ == '__main__':

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-RESULTS = ('val_loss', 'bits_per_byte', 'last_train_loss', 'diverged_at', 'tokens', 'params', 'seconds', 'stack',
-           'dtype', 'device', 'torch', 'trial')
+RESULTS = dict(val_loss=float, bits_per_byte=float, last_train_loss=float, diverged_at=int, tokens=int, params=int,
+               seconds=float, stack=int, dtype=str, device=str, torch=str, trial=int)
 
 
 def write_csv(path, rows):
@@ -21,8 +21,21 @@ def write_csv(path, rows):
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, [*keys, *RESULTS], restval='')
         writer.writeheader()
-        writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()}
-                         for row in rows)
+        writer.writerows(rows)  # floats with all their digits: read_csv() gets the same rows back
+
+
+def read_csv(path, types):
+    """The rows of write_csv(), with the keys of `types`, a dict, as those types; none if there is no file."""
+    if not Path(path).exists():
+        return []
+
+    def value_of(key, text):
+        if not text:
+            return None
+        kind = types.get(key) or RESULTS.get(key, str)
+        return text == 'True' if kind is bool else kind(text)
+    with open(path, newline='') as file:
+        return [{key: value_of(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +119,8 @@ def compare(curves):
     if at_base:
         regret = mean(at_base) / mean(last.losses) - 1
         if math.isfinite(regret):
-            regret_error = standard_error([at_base[seed] / last.losses[seed] - 1 for seed in at_base])
+            shared = at_base.keys() & last.losses.keys()
+            regret_error = standard_error([at_base[seed] / last.losses[seed] - 1 for seed in shared])
     shared = [value for value in curves[0] if all(value in curve for curve in curves)]
     better = sum(all(mean(after[value]) < mean(before[value]) for before, after in zip(curves, curves[1:]))
                  for value in shared)
@@ -247,8 +261,9 @@ class Report:
                                        color=color, alpha=0.15, linewidth=0)
                 else:
                     panel.plot(xs, means, '.', color=color, label=shape, alpha=0.6)
-                diverged = [x for x, y in zip(xs, means) if y == math.inf]
-                panel.plot(diverged, [top] * len(diverged), 'x', color=color, clip_on=False)
+                for x, y in zip(xs, means):
+                    if y == math.inf:
+                        panel.plot(x, top, 'x', color=color, clip_on=False)
                 best = optimum(curve)
                 if mean(best.losses) < math.inf:
                     panel.plot(scale(best.best, values), mean(best.losses), 'o', color=color, markersize=9,

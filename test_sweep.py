@@ -1,0 +1,458 @@
+"""Tests of sweep.py, stack.py and sweep_report.py: stacked runs, the queue and its workers, the report's figures."""
+import collections
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+import stack
+import sweep
+from configurator import UserError, configure
+from dataset import ByteTokenizer
+from model import GPT, PARAMETERIZATIONS
+from stack import train_stack, why_not_stack
+from sweep import Plan, SweepConfig, digest, drawn, enqueue, open_study, trials_of
+from sweep_report import Report, compare, optimum, read_csv, write_csv
+from train import TrainConfig, train
+from write_dataset import write_dataset
+
+ROOT = Path(__file__).resolve().parent
+COMPLETE, RUNNING, WAITING = (getattr(optuna.trial.TrialState, name) for name in ('COMPLETE', 'RUNNING', 'WAITING'))
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A learnable byte dataset: three words in random order."""
+    words = np.random.default_rng(0).choice(['abc ', 'de ', 'fghij '], 12_000)
+    folder = tmp_path_factory.mktemp('data')
+    write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
+                  ByteTokenizer(), 'words')
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(data_dir):
+    """Keys of a run of 2 layers x 32 that takes a tenth of a second."""
+    return dict(dataset=data_dir, block_size=16, batch_tokens=128, batch_size=8, max_iters=8, n_layer=2, n_embd=32,
+                head_dim=16, base_n_layer=2, base_n_embd=32, base_head_dim=16, init_std=0.1, eval_tokens=512,
+                compile=False, dtype='float32', device='cpu')
+
+
+@pytest.fixture
+def sweep_main(tmp_path, tiny, monkeypatch, capfd):
+    """Runs sweep.main() in this process with one worker; returns (exit code or UserError, its output)."""
+    def main(*flags, out_dir=tmp_path / 'sweep', **keys):
+        texts = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
+                 for key, value in {**tiny, 'workers': 1, 'out_dir': out_dir, **keys}.items()]
+        monkeypatch.setattr(sys, 'argv', ['sweep.py', *texts, *flags])
+        try:
+            code = sweep.main()
+        except UserError as error:
+            code = error
+        return code, capfd.readouterr().out
+    return main
+
+
+def rows_in(out_dir):
+    return read_csv(Path(out_dir) / 'trials.csv', {key: type(getattr(TrainConfig, key))
+                                                   for key in TrainConfig.__dataclass_fields__})
+
+
+# -----------------------------------------------------------------------------
+# Stacked runs
+
+
+@pytest.mark.parametrize('changes', [dict(), dict(tie_weights=True), dict(bias=False),
+                                     dict(density=0.5, parameterization='completep_supar')])
+def test_stacked_runs_are_single_runs(tiny, changes):
+    """50 steps in one batched model end at the losses of 50 steps each alone; one that diverges leaves others be."""
+    one = TrainConfig(**{**tiny, 'out_dir': '', 'max_iters': 50, 'n_layer': 3, 'base_n_embd': 16, 'batch_size': 4,
+                         'learning_rate': 1e-2, 'base_head_dim': 8, 'eval_interval': 50, **changes})
+    configs = [
+        one,
+        replace(one, learning_rate=1e30, grad_clip=0.0),
+        replace(one, seed=5, learning_rate=3e-2, weight_decay=0.3, init_std=0.2, mask_seed=3),
+        replace(one, parameterization='sp', attn_mult=3.0, output_mult=0.5, input_mult=4.0, grad_clip=0.3),
+        replace(one, parameterization='depth_mup', schedule='cosine', warmup_frac=0.3, beta1=0.8, beta2=0.9, eps=1e-3),
+    ]
+    stacked = train_stack(configs)
+    for config, summary in zip(configs, stacked):
+        alone = train(config)
+        for key in ('steps', 'tokens', 'params', 'weight_decay', 'diverged_at', 'config'):
+            assert summary[key] == alone[key], key
+        assert summary['val_loss'] == pytest.approx(alone['val_loss'], abs=1e-4)
+        if alone['diverged_at'] is None:
+            assert summary['last_train_loss'] == pytest.approx(alone['last_train_loss'], abs=1e-4)
+    assert stacked[1]['diverged_at'] is not None and stacked[1]['val_loss'] == math.inf
+    assert len({round(summary['val_loss'], 4) for summary in stacked}) == 5  # they do differ
+
+
+@pytest.mark.parametrize('changes, reason', [
+    (dict(), None), (dict(dropout=0.1), 'dropout'), (dict(dtype='bfloat16'), 'bfloat16 on a CPU')])
+def test_what_cannot_be_stacked_says_why(tiny, changes, reason):
+    why = why_not_stack(TrainConfig(**{**tiny, **changes}))
+    assert why is None if reason is None else reason in why
+
+
+def test_sweep_in_stacks_equals_one_by_one(sweep_main, tmp_path):
+    keys = dict(learning_rate=[0.001, 0.01, 0.1], parameterization=['sp', 'completep'], n_layer=[2, 4])
+    for size in (1, 4):
+        assert sweep_main(out_dir=tmp_path / str(size), stack=size, **keys)[0] == 0
+    alone, stacked = rows_in(tmp_path / '1'), rows_in(tmp_path / '4')
+    assert len(alone) == len(stacked) == 12
+    assert max(row['stack'] or 1 for row in stacked) > 1 == max(row['stack'] or 1 for row in alone)
+    for one, other in zip(alone, stacked):
+        assert one['val_loss'] == pytest.approx(other['val_loss'], abs=1e-4)
+    out = sweep_main(out_dir=tmp_path / 'dropout', stack=4, dropout=0.1, learning_rate=[0.001, 0.01])[1]
+    assert 'runs are not stacked: dropout' in out
+    assert {row['stack'] for row in rows_in(tmp_path / 'dropout')} == {None}
+
+
+# -----------------------------------------------------------------------------
+# Points
+
+
+def test_equal_points_are_one_run(tiny):
+    """At the base shape all parameterizations are one run, over depth sp and mup are, and the runs are equal indeed."""
+    plan = Plan(SweepConfig(), {**tiny, 'parameterization': ['sp', 'mup', 'depth_mup', 'completep'], 'n_layer': [2, 4],
+                                'seed': [1, 2]})
+    assert len(plan.points) == 16 and len({digest(config) for config in plan.configs}) == 2 * (1 + 3)
+    by_run = collections.defaultdict(list)
+    for config in plan.configs:
+        by_run[digest(config)].append(config)
+    losses = {run: {train(config)['val_loss'] for config in configs} for run, configs in by_run.items()}
+    assert all(len(same) == 1 for same in losses.values())
+    assert len(set.union(*losses.values())) == len(losses)
+
+
+def test_a_run_is_known_by_all_that_changes_it(tiny):
+    config = TrainConfig(**tiny)
+    for changes in (dict(seed=3), dict(eps=1e-9), dict(beta1=0.8), dict(dtype='bfloat16'), dict(n_layer=3),
+                    dict(schedule='cosine'), dict(attn_mult=2.0), dict(eval_tokens=256), dict(density=0.5)):
+        assert digest(replace(config, **changes)) != digest(config), changes
+    for same in (dict(out_dir='elsewhere'), dict(mask_seed=4), dict(parameterization='gpt2', base_n_layer=2)):
+        assert (digest(replace(config, **same)) == digest(config)) == ('parameterization' not in same), same
+
+
+def test_random_points_are_log_uniform_and_the_first_ones_stay():
+    axes = dict(learning_rate=[2**-12, 2**-4], batch_tokens=[256, 4096], schedule=['linear', 'cosine'],
+                final_lr_frac=[0., 1.])
+    points = drawn(axes, 2000, seed=1)
+    assert points[:10] == drawn(axes, 10, seed=1) != drawn(axes, 10, seed=2)
+    logs = np.array([math.log2(point['learning_rate']) for point in points])
+    assert logs.min() > -12.01 and logs.max() < -3.99
+    counts = np.histogram(logs, bins=8, range=(-12, -4))[0]
+    assert counts.min() > 190 and counts.max() < 315  # 250 +- 15 each
+    assert all(type(point['batch_tokens']) is int and 256 <= point['batch_tokens'] <= 4096 for point in points)
+    assert {point['schedule'] for point in points} == {'linear', 'cosine'}
+    assert 0.45 < np.mean([point['final_lr_frac'] for point in points]) < 0.55
+
+
+@pytest.mark.parametrize('keys, words', [
+    (dict(n_embd=[32, 40]), 'n_embd=40 is not allowed: use a multiple of head_dim=16 (in n_layer=2, n_embd=40'),
+    (dict(parameterization=['sp', 'mu']), "parameterization='mu' is not allowed"),
+    (dict(batch_tokens=[128, 130]), 'batch_tokens=130 is no multiple of block_size=16'),
+    (dict(out_dir=['a', 'b']), 'out_dir must be str'),
+    (dict(dtype=['float32', 'float32']), 'holds a value twice'),
+    (dict(init_from=['scratch', 'gpt2']), 'init_from cannot be swept'),
+    (dict(learning_rate=[]), 'learning_rate is an empty list'),
+    (dict(shapes=[dict(n_layers=2)]), "shapes: unknown key 'n_layers'"),
+    (dict(shapes=[2, 4]), 'use a list of dicts'),
+    (dict(lerning_rate=[0.1]), "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+    (dict(search='best'), "search='best' is not known"),
+    (dict(search='tpe', n_layer=[2, 4], learning_rate=[0.1, 0.2]), 'tunes one model, this is 2'),
+    (dict(search='random'), 'has nothing to search'),
+    (dict(n_layer=[2, 'four']), 'n_layer must be int'),
+    (dict(trials=0), 'trials=0 is not allowed'),
+    (dict(storage='sqlite:////no/such/folder/a.db'), "storage 'sqlite:////no/such/folder/a.db' cannot be used"),
+    (dict(storage='nonsense'), "storage 'nonsense' cannot be used"),
+])
+def test_mistakes_are_one_line_and_change_nothing(tiny, tmp_path, keys, words):
+    file = tmp_path / 'sweep_mistake.py'
+    file.write_text('\n'.join(f'{key} = {value!r}' for key, value in {**tiny, **keys}.items()))
+    with pytest.raises(UserError) as error:
+        overrides = configure(SweepConfig, [str(file)], axes=TrainConfig)
+        own = {key: overrides.pop(key) for key in list(overrides) if key in SweepConfig.__dataclass_fields__}
+        config = SweepConfig(**{'out_dir': str(tmp_path), **own})
+        Plan(config, overrides)
+        open_study(config)
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_mistake_on_the_command_line_ends_with_2(tmp_path):
+    for flags in (['--lerning_rate=1'], ['--n_embd=32,40', '--head_dim=16'], [f'--storage=sqlite:///{tmp_path}/no/a.db']):
+        done = subprocess.run([sys.executable, ROOT / 'sweep.py', f'--out_dir={tmp_path}/out', *flags],
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
+
+
+# -----------------------------------------------------------------------------
+# The queue
+
+
+def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(sweep, 'train', lambda config: trained.append(config) or train(config))
+    keys = dict(parameterization=['sp', 'completep'], n_layer=[2, 4], learning_rate=[0.001, 0.01, 0.1, 1e30], seed=1)
+    code, out = sweep_main(**keys, grad_clip=0.0)
+    assert code == 0 and len(trained) == 12 and '4 model(s) x 4 = 16 points, 12 different runs, 12 to do' in out
+    rows = rows_in(tmp_path / 'sweep')
+    assert len(rows) == 16
+    for row in rows:
+        assert (row['val_loss'] == math.inf) == (row['learning_rate'] == 1e30) == (row['diverged_at'] is not None)
+        config = TrainConfig(**{**{key: value for key, value in trained[0].__dict__.items()},
+                                **{key: row[key] for key in ('n_layer', 'parameterization', 'learning_rate')}})
+        assert train(config)['val_loss'] == row['val_loss']
+    assert '4 diverged' in out and '| sp |' in out
+    assert out.split('# sweep')[1].strip() in (tmp_path / 'sweep/report.md').read_text()
+    assert (tmp_path / 'sweep/learning_rate.png').read_bytes().startswith(b'\x89PNG')
+
+    trained.clear()
+    assert sweep_main(**keys, grad_clip=0.0)[0] == 0 and trained == []
+    assert rows_in(tmp_path / 'sweep') == rows
+    assert sweep_main(**{**keys, 'learning_rate': [0.001, 0.03], 'seed': [1, 2]}, grad_clip=0.0)[0] == 0
+    assert sorted((config.seed, config.learning_rate) for config in trained) == \
+        3 * [(1, 0.03)] + 3 * [(2, 0.001)] + 3 * [(2, 0.03)]
+    # what was run before is still in the report: 9 of the first runs are at points that this sweep does not name
+    assert len(rows_in(tmp_path / 'sweep')) == 16 + 9
+
+    trained.clear()
+    (tmp_path / 'sweep/study.db').unlink()  # trials.csv and base.json are enough to go on from
+    assert sweep_main(**keys, grad_clip=0.0)[0] == 0 and trained == []
+
+
+def test_a_study_of_another_sweep_is_left_alone(sweep_main, tmp_path):
+    keys = dict(learning_rate=[0.001, 0.01])
+    assert sweep_main(**keys)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'sweep').iterdir() if path.suffix != '.db'}
+    for other in (dict(max_iters=9), dict(beta1=0.8), dict(init_std=[0.1, 0.2])):
+        error, _ = sweep_main(**{**keys, **other})
+        assert isinstance(error, UserError) and f"{next(iter(other))} is" in str(error) and 'another' in str(error)
+    (tmp_path / 'sweep/study.db').unlink()
+    error, _ = sweep_main(**keys, max_iters=9)
+    assert isinstance(error, UserError) and "base.json' is of another" in str(error)
+    assert 'max_iters is 8 there and 9 here' in str(error)
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'sweep').iterdir() if path.suffix != '.db'}
+
+
+def test_a_run_that_fails_is_said_and_run_again(sweep_main, tmp_path, monkeypatch, capfd):
+    def fail_at_one_rate(config):
+        if config.learning_rate == 0.01:
+            raise RuntimeError('CUDA out of memory.\nTried to allocate')
+        return train(config)
+    monkeypatch.setattr(sweep, 'train', fail_at_one_rate)
+    keys = dict(learning_rate=[0.001, 0.01, 0.1])
+    assert sweep_main(**keys)[0] == 1
+    assert [row['learning_rate'] for row in rows_in(tmp_path / 'sweep')] == [0.001, 0.1]
+    monkeypatch.setattr(sweep, 'train', train)
+    assert sweep_main(**keys)[0] == 0 and len(rows_in(tmp_path / 'sweep')) == 3
+
+
+def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
+    """SQLite on its own hands some trials to two workers."""
+    config = SweepConfig(out_dir=str(tmp_path))
+    plan = Plan(config, {**tiny, 'learning_rate': [0.001 * k for k in range(1, 61)]})
+    enqueue(open_study(config), plan, config.out_dir)
+    taken, start = collections.Counter(), threading.Barrier(4)
+
+    def pop():
+        study = open_study(config)
+        start.wait()
+        while trials := sweep.take(study, plan, config, 'cpu'):
+            taken.update(trial.number for trial in trials)
+            for trial in trials:
+                study.tell(trial, 1.0)
+    threads = [threading.Thread(target=pop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 60 and set(taken.values()) == {1}
+
+
+def test_the_same_point_queued_twice_runs_once(tiny, tmp_path):
+    """As when two machines start the same sweep at the same moment."""
+    config = SweepConfig(out_dir=str(tmp_path))
+    plan = Plan(config, {**tiny, 'learning_rate': [0.001, 0.01]})
+    study = open_study(config)
+    enqueue(study, plan, config.out_dir)
+    for trial in trials_of(study):
+        study.add_trial(optuna.create_trial(state=WAITING, params=trial.params,
+                                            distributions=trial.distributions, user_attrs=trial.user_attrs))
+    sweep.work(config, {**tiny, 'learning_rate': [0.001, 0.01]}, 'cpu', 0)
+    assert [trial.number for trial in trials_of(study, COMPLETE)] == [0, 1]
+
+
+def test_a_killed_worker_costs_nothing(tiny, tmp_path):
+    """Three workers, one killed with SIGKILL in a run: every point is finished exactly once."""
+    flags = [f'--{key}={value}' for key, value in {**tiny, 'max_iters': 60, 'batch_tokens': 512}.items()]
+    out_dir = tmp_path / 'sweep'
+    process = subprocess.Popen(
+        [sys.executable, ROOT / 'sweep.py', *flags, '--learning_rate=' + ','.join(str(0.001 * k) for k in range(1, 25)),
+         '--workers=3', '--heartbeat_s=1', f'--out_dir={out_dir}'], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    config, deadline = SweepConfig(out_dir=str(out_dir)), time.time() + 90
+    while not (out_dir / 'study.db').exists() or 'base' not in open_study(config).user_attrs:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.2)
+    study = open_study(config)
+    while len(trials_of(study, COMPLETE)) < 3:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    victim = int(subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'spawn_main'], capture_output=True,
+                                text=True).stdout.split()[0])
+    while not any(trial.user_attrs.get('worker', '').endswith(f':{victim}') for trial in trials_of(study, RUNNING)):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    finished = [trial.user_attrs['run'] for trial in trials_of(study, COMPLETE)]
+    assert len(finished) == len(set(finished)) == 24
+    retried = [trial for trial in trials_of(study, COMPLETE) if 'failed_trial' in trial.system_attrs]
+    assert len(retried) == 1
+    assert len(rows_in(out_dir)) == 24
+
+
+def test_a_model_is_compiled_once_for_many_runs(sweep_main, monkeypatch):
+    """Graphs made: one to train and one to validate for each model; sp's and completep's multipliers differ."""
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(GPT, 'compile', lambda self, **kwargs: compile_model(self, backend='eager', **kwargs))
+    monkeypatch.setattr('train.why_not_compile', lambda device: None)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    torch._dynamo.reset()
+    keys = dict(compile=True, learning_rate=[0.001, 0.003, 0.01], init_std=[0.1, 0.2], seed=[1, 2])
+    assert sweep_main(n_layer=[2, 4], parameterization=['sp', 'mup', 'completep'], **keys)[0] == 0
+    assert counters['stats']['unique_graphs'] <= 2 * 2 * 3
+
+
+# -----------------------------------------------------------------------------
+# Searches
+
+
+@pytest.mark.parametrize('search', ['random', 'tpe'])
+def test_searches_run_the_trials_asked_for(sweep_main, tmp_path, search):
+    for trials in (4, 6):
+        code, out = sweep_main(search=search, trials=trials, learning_rate=[0.001, 0.1], init_std=[0.05, 0.2])
+        rows = rows_in(tmp_path / 'sweep')
+        assert code == 0 and len(rows) == trials == len({row['learning_rate'] for row in rows})
+        assert all(0.001 <= row['learning_rate'] <= 0.1 and 0.05 <= row['init_std'] <= 0.2 for row in rows)
+    assert '## init_std' in out and (tmp_path / 'sweep/init_std.png').exists()
+
+
+def test_tune_writes_a_config_that_train_takes_larger(sweep_main, tmp_path, tiny):
+    code, out = sweep_main('--tune', trials=5)
+    assert code == 0 and 'best.py' in out
+    best = tmp_path / 'sweep/best.py'
+    rows = rows_in(tmp_path / 'sweep')
+    row = min(rows, key=lambda row: row['val_loss'])
+    assert len(rows) == 5 and len({row['attn_mult'] for row in rows}) == 5
+    config = TrainConfig(**configure(TrainConfig, [str(best), f'--out_dir={tmp_path}/again']))
+    assert [getattr(config, key) for key in sweep.TUNED] == [row[key] for key in sweep.TUNED]
+    assert train(config)['val_loss'] == row['val_loss']
+    larger = configure(TrainConfig, [str(best), '--n_layer=4', '--n_embd=64', f'--out_dir={tmp_path}/larger'])
+    summary = train(TrainConfig(**larger))
+    assert summary['config']['base_n_layer'] == 2 and summary['config']['n_layer'] == 4 and summary['val_loss'] < 5
+
+
+# -----------------------------------------------------------------------------
+# The report
+
+
+def curve(at, losses_at=(0.0,), lowest=2.0, curvature=0.1, values=tuple(2.0**k for k in range(-9, -3))):
+    """{value: {seed: loss}} of parabolas in log2, one for each seed, with their lowest points at + losses_at."""
+    return {value: {seed: lowest + curvature * (math.log2(value) - at - shift)**2
+                    for seed, shift in enumerate(losses_at)} for value in values}
+
+
+def test_optimum_is_the_parabolas_lowest_point():
+    for at in (-7.0, -6.3, -5.51):
+        found = optimum(curve(at))
+        assert found.at == pytest.approx(at) and found.edge == '' and found.best == 2.0**round(at)
+        assert math.isnan(found.error)
+    found = optimum(curve(-6.2, losses_at=(-0.3, 0.0, 0.3)))
+    assert found.at == pytest.approx(-6.2) and found.error == pytest.approx(0.3 / math.sqrt(3))
+    assert optimum(curve(-3.0)).edge == '>' and optimum(curve(-11.0)).edge == '<'
+    diverging = curve(-6.4)
+    diverging[2.0**-5] = {0: math.inf}
+    assert optimum(diverging).at == -6.0  # no parabola through infinity: the value that was run
+
+
+def test_drift_and_regret_by_hand():
+    """The target's optimum is 2 octaves below the base's: at the base's value its loss is 2 + 0.1 * 2^2."""
+    drift, error, regret, _, (better, shared) = compare([curve(-5.0), curve(-7.0)])
+    assert drift == pytest.approx(-2) and math.isnan(error)
+    assert regret == pytest.approx(0.4 / 2.0)
+    assert (better, shared) == (3, 6)  # at 2^-9, 2^-8, 2^-7 the second is lower; at 2^-6 they are equal
+    drift, error, regret, regret_error, _ = compare([curve(-6.0, (-0.3, 0.3)), curve(-6.0, (-0.3, 0.3), lowest=1.9)])
+    assert drift == pytest.approx(0) and error == pytest.approx(math.hypot(0.3, 0.3)) and regret == regret_error == 0
+    diverged = curve(-8.0)
+    diverged[2.0**-5] = {0: math.inf}
+    assert compare([curve(-5.0), diverged])[2] == math.inf
+
+
+def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
+    models = [dict(n_layer=n, n_embd=32, density=1.0, parameterization=name) for name in ('sp', 'completep')
+              for n in (2, 32)]
+    rows = []
+    for model in models:
+        drift = -2.0 if model == models[1] else 0.0
+        for lr in (2.0**k for k in range(-9, -3)):
+            for init_std in (0.05, 0.1, 0.2):
+                for seed in (1, 2):
+                    loss = 2 + 0.1 * (math.log2(lr) + 6 - drift)**2 + abs(math.log2(init_std / 0.1)) + 0.001 * seed
+                    rows.append(dict(model, learning_rate=lr, init_std=init_std, seed=seed, trial=len(rows), tokens=1,
+                                     seconds=1.0, val_loss=math.inf if lr == 2**-4 and drift else loss))
+    report = Report('name', rows, models, ['learning_rate', 'init_std'], dict(max_iters=3))
+    text = report.write(tmp_path)
+    table = [line for line in text.splitlines() if line.startswith(('| sp', '| completep'))]
+    assert '| 2^-6.00 ± 0.00: 2.0015 | 2^-8.00 ± 0.00: 2.0015 | -2.00 ± 0.00 | 2.4015 |' in table[0]
+    assert ' | 20.0 ± 0.0% |' in table[0]
+    assert '| +0.00 ± 0.00 | 2.0015 | 0.0 ± 0.0% |' in table[1]
+    assert '2^-3.32' in table[2]  # init_std 0.1
+    assert '6 diverged' in text and '12 seed' not in text and '2 seed(s)' in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['init_std.png', 'learning_rate.png', 'report.md',
+                                                                'trials.csv']
+
+
+def test_csv_gives_the_same_rows_back(tmp_path):
+    rows = [dict(n_layer=2, learning_rate=2**-9 / 3, schedule='linear', tie_weights=False, val_loss=1 / 3, trial=4,
+                 diverged_at=None), dict(n_layer=4, learning_rate=1e-5, schedule='cosine', tie_weights=True,
+                                         val_loss=math.inf, trial=5, diverged_at=3)]
+    write_csv(tmp_path / 'trials.csv', rows)
+    types = dict(n_layer=int, learning_rate=float, schedule=str, tie_weights=bool)
+    again = read_csv(tmp_path / 'trials.csv', types)
+    assert [{key: row[key] for key in rows[0]} for row in again] == rows
+    assert read_csv(tmp_path / 'none.csv', types) == []
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('sweep_*.py')))
+def test_configs_of_sweeps(name):
+    overrides = configure(SweepConfig, [str(ROOT / 'config' / name)], axes=TrainConfig)
+    own = {key: overrides.pop(key) for key in list(overrides) if key in SweepConfig.__dataclass_fields__}
+    assert Plan(SweepConfig(**own), overrides).points
+
+
+def test_every_parameterization_can_join_a_study_later(tiny, tmp_path):
+    config = SweepConfig(out_dir=str(tmp_path))
+    for count in (1, len(PARAMETERIZATIONS)):
+        plan = Plan(config, {**tiny, 'parameterization': list(PARAMETERIZATIONS)[:count], 'n_layer': [4]})
+        enqueue(open_study(config), plan, config.out_dir)
+    assert len(trials_of(open_study(config))) == len({digest(one) for one in plan.configs})
+    assert json.loads(json.dumps(plan.base)) == open_study(config).user_attrs['base']
+
+
+def test_fit_of_stack_size_is_one_on_a_cpu(tiny):
+    assert stack.stack_size(TrainConfig(**tiny)) == 1
