@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -222,6 +223,7 @@ def open_study(config):
             SAMPLERS[config.search][0](config.search_seed)
         return optuna.create_study(study_name=config.study, storage=storage, sampler=sampler, load_if_exists=True)
     except Exception as error:  # whatever the driver of that database raises
+        url = re.sub('(://[^:/]*):[^@/]*@', r'\1:***@', url)
         raise UserError(f"storage '{url}' cannot be used ({type(error).__name__}: {first_line(error)}): use one that "
                         'works, or leave --storage out for a file in out_dir') from None
 
@@ -316,7 +318,7 @@ def take(study, plan, config, device):
 # Workers
 
 
-def run_trials(study, plan, trials, device, compiled):
+def run_trials(study, plan, trials, device):
     """Trains `trials`, neighbours that can be stacked together, and tells the study; an error fails only its own."""
     with contextlib.ExitStack() as running:
         for trial in trials:
@@ -326,9 +328,6 @@ def run_trials(study, plan, trials, device, compiled):
             group = list(group)
             stacks = [group] if not why_not_stack(configs[group[0].number]) else [[trial] for trial in group]
             for stack in stacks:
-                if in_the_graph(configs[stack[0].number]) != compiled[0]:
-                    torch.compiler.reset()  # it keeps a handful of graphs, and runs without once there are more
-                    compiled[0] = in_the_graph(configs[stack[0].number])
                 train_and_tell(study, stack, [configs[trial.number] for trial in stack])
 
 
@@ -358,25 +357,20 @@ def train_and_tell(study, trials, configs):
         raise
 
 
-def in_the_graph(config):
-    """What torch.compile makes constants of: runs that differ in it are compiled anew."""
-    rules = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS if key != 'vocab_size'}).rules
-    return (*stackable(config), config.input_mult, config.attn_mult, config.output_mult,
-            *(rule.forward for rule in rules.values()))
-
-
 def work(config, overrides, device, threads, after_each=lambda: None):
     """Runs trials until none is left, here or with another worker who may die yet. Raises UserError."""
     if threads:
         torch.set_num_threads(threads)
-    plan, study, compiled = Plan(config, overrides), open_study(config), [None]
+    # how many graphs torch.compile keeps, one for each model, before it runs without
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    plan, study = Plan(config, overrides), open_study(config)
     watched = is_heartbeat_enabled(study._storage)
     try:
         while True:
             optuna.storages.fail_stale_trials(study)  # those of dead workers come back into the queue
             trials = take(study, plan, config, device)
             if trials:
-                run_trials(study, plan, trials, device, compiled)
+                run_trials(study, plan, trials, device)
                 after_each()
             elif watched and trials_of(study, TrialState.RUNNING):
                 time.sleep(min(1, config.heartbeat_s))
@@ -407,7 +401,8 @@ def run(config, overrides, plan, study, costs):
     """Starts the workers and shows their progress until they end. Raises UserError if they leave trials undone."""
     each = max(costs.values())  # for the points that a sampler has yet to choose
     planned, total = (config.trials, config.trials * each) if plan.sampled else (len(costs), sum(costs.values()))
-    bar = tqdm(total=round(total / 1e9), dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60,
+    interval_s, shown = 0.5 if sys.stderr.isatty() else 60, [0.0]
+    bar = tqdm(total=round(total / 1e9), dynamic_ncols=True,
                bar_format='{l_bar}{bar}| {elapsed} gone, {remaining} left{postfix}')
 
     def show():
@@ -415,8 +410,11 @@ def run(config, overrides, plan, study, costs):
                 if plan.sampled or trial.user_attrs['run'] in costs]
         spent = sum(each if plan.sampled else costs[trial.user_attrs['run']] for trial in done)
         diverged = sum(trial.value == math.inf for trial in done)
-        bar.update(round(spent / 1e9) - bar.n)
-        bar.set_postfix_str(f', {len(done)} of {planned} runs, {diverged} diverged')
+        bar.n = round(spent / 1e9)
+        bar.set_postfix_str(f'{len(done)} of {planned} runs, {diverged} diverged', refresh=False)
+        if time.monotonic() - shown[0] > interval_s or len(done) == planned:
+            bar.refresh()
+            shown[0] = time.monotonic()
 
     where = places(config, plan.base.get('device', 'auto'))
     print(f"{len(where)} worker{'s' * (len(where) > 1)}, {where[0][1] or 'all'} thread(s) each")
