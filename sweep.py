@@ -114,16 +114,18 @@ def drawn(axes, trials, seed):
     return [{key: draw(values) for key, values in axes.items()} for _ in range(trials)]
 
 
+def gpt_config(config, vocab_size=1 << 30):
+    """The GPTConfig of a TrainConfig; `vocab_size` where the dataset is to say. Raises ValueError."""
+    shape = {key: getattr(config, key) for key in MODEL_KEYS}
+    return GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or vocab_size})
+
+
 def digest(config):
     """A name for what a run computes: parameterizations enter by their rules, so equal models have equal names."""
-    facts = {key: value for key, value in asdict(config).items() if key not in NOT_SWEPT}
-    shape = {key: facts.pop(key) for key in MODEL_KEYS}
-    rules = GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or 1 << 30}).rules
-    for key in ('parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim'):
-        del shape[key]
-    if shape['density'] == 1:
-        del shape['mask_seed']
-    return hashlib.sha1(json.dumps([facts, shape, rules], sort_keys=True).encode()).hexdigest()[:12]
+    by_rules = ('parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim')
+    unused = ('mask_seed',) if config.density == 1 else ()
+    facts = {key: value for key, value in asdict(config).items() if key not in (*NOT_SWEPT, *by_rules, *unused)}
+    return hashlib.sha1(json.dumps([facts, gpt_config(config).rules], sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Plan:
@@ -141,9 +143,11 @@ class Plan:
         unusable = [key for key in NOT_SWEPT if len(values.get(key, [])) > 1]
         if unusable:
             raise UserError(f'{unusable[0]} cannot be swept: give it one value')
-        if not all(isinstance(shape, dict) and shape for shape in config.shapes):
-            raise UserError(f'shapes={config.shapes} is not allowed: use a list of dicts, [dict(n_layer=2), ..]')
-        in_shapes = [key for shape in config.shapes for key in shape]
+        if not all(isinstance(shape, dict) and shape and shape.keys() == config.shapes[0].keys()
+                   for shape in config.shapes):
+            raise UserError(f'shapes={config.shapes} is not allowed: use a list of dicts of the same keys, '
+                            '[dict(n_layer=2), dict(n_layer=4)]')
+        in_shapes = list(config.shapes[0]) if config.shapes else []
         unknown = [key for key in in_shapes if key not in {field.name for field in fields(TrainConfig)}]
         if unknown:
             raise UserError(f"shapes: unknown key '{unknown[0]}'; see python train.py --help for all keys")
@@ -171,18 +175,24 @@ class Plan:
         self.points = [{**model, **setting, 'seed': seed}
                        for seed in self.seeds for model in self.models for setting in settings]
         self.configs = [self.train_config(point) for point in self.points]
+        self.digests = {}  # by number of the trial
 
     def config_of(self, trial, device):
         """The TrainConfig of a trial of this plan on `device`."""
         return replace(self.train_config({**self.points[0], **trial.params}), device=device)
+
+    def run_of(self, trial):
+        """The digest of a trial."""
+        if trial.number not in self.digests:
+            self.digests[trial.number] = digest(self.config_of(trial, 'auto'))
+        return self.digests[trial.number]
 
     def train_config(self, point):
         """The TrainConfig of a point. Raises UserError."""
         try:
             config = TrainConfig(**{**self.base, **point, **ALONE})
             split_batch(config, world_size=1)
-            shape = {key: getattr(config, key) for key in MODEL_KEYS}
-            GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or 1 << 30})
+            gpt_config(config)
         except (TypeError, ValueError) as error:
             raise UserError(f"{error} (in {', '.join(f'{key}={value}' for key, value in point.items())})") from None
         return config
@@ -190,9 +200,8 @@ class Plan:
 
 def cost(config, data):
     """FLOPs of one run: what the progress bar counts."""
-    shape = {key: getattr(config, key) for key in MODEL_KEYS}
     with torch.device('meta'):
-        model = GPT(GPTConfig(**{**shape, 'vocab_size': shape['vocab_size'] or data.vocab_size}))
+        model = GPT(gpt_config(config, data.vocab_size))
     tokens = config.tokens_per_param * model.num_params() or config.max_iters * config.batch_tokens
     return model.flops_per_token() * (tokens + 2 * config.eval_tokens / 3)
 
@@ -277,7 +286,7 @@ def enqueue(study, plan, out_dir):
             point = {key: row.pop(key) for key in plan.points[0]}
             queue.append((point, dict(state=TrialState.COMPLETE, value=row.pop('val_loss')), row))
     queue += [(point, dict(state=TrialState.WAITING), {}) for point in plan.points if not plan.sampled]
-    there = {trial.user_attrs.get('run') for trial in trials_of(study, *ALIVE)}
+    there = {plan.run_of(trial) for trial in trials_of(study, *ALIVE)}
     held = {key: [point[key] for point, _, _ in queue] for key in plan.points[0]}
     for point, state, results in queue:
         run = digest(plan.train_config(point))
@@ -287,7 +296,7 @@ def enqueue(study, plan, out_dir):
         try:
             study.add_trial(optuna.create_trial(
                 **state, params=point, distributions={key: distribution(key, held[key]) for key in point},
-                user_attrs=dict(results, run=run)))
+                user_attrs=results))
         except ValueError as error:
             raise UserError(f"study '{study.study_name}' cannot take {point} ({first_line(error)}): use another "
                             '--out_dir or --study') from None
@@ -301,10 +310,9 @@ def take(study, plan, config, device):
         if not waiting and (not plan.sampled or len(trials_of(study, *ALIVE)) >= config.trials):
             break
         trial = study.ask({key: distribution(key, held) for key, held in plan.axes.items()} if plan.sampled else None)
-        run = trial.user_attrs.get('run')
         twins = [other for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE)
-                 if run and other.user_attrs.get('run') == run and other.number < trial.number]
-        if twins or not (run or plan.sampled):  # another machine queued the same point; another worker took the last
+                 if other.number < trial.number and plan.run_of(other) == plan.run_of(trial)]
+        if not trial.params or twins and not plan.sampled:  # another worker took the last; two machines queued it
             study.tell(trial, state=TrialState.PRUNED)
             continue
         if not taken:
@@ -407,8 +415,8 @@ def run(config, overrides, plan, study, costs):
 
     def show():
         done = [trial for trial in trials_of(study, TrialState.COMPLETE)
-                if plan.sampled or trial.user_attrs['run'] in costs]
-        spent = sum(each if plan.sampled else costs[trial.user_attrs['run']] for trial in done)
+                if plan.sampled or plan.run_of(trial) in costs]
+        spent = sum(each if plan.sampled else costs[plan.run_of(trial)] for trial in done)
         diverged = sum(trial.value == math.inf for trial in done)
         bar.n = round(spent / 1e9)
         bar.set_postfix_str(f'{len(done)} of {planned} runs, {diverged} diverged', refresh=False)
@@ -439,7 +447,7 @@ def run(config, overrides, plan, study, costs):
 def rows_of(study, plan):
     """A row for each point that has been run, those of the plan first; equal points have the same trial."""
     finished = trials_of(study, TrialState.COMPLETE)
-    by_run = {trial.user_attrs.get('run'): trial for trial in reversed(finished)}
+    by_run = {plan.run_of(trial): trial for trial in reversed(finished)}
     pairs = [(point, by_run[run]) for point, run in ((point, digest(config)) for point, config in
                                                      zip(plan.points, plan.configs)) if run in by_run]
     planned = {json.dumps(point, sort_keys=True) for point in plan.points}
@@ -503,9 +511,9 @@ def main():
     run(config, overrides, plan, study, costs)
 
     rows = rows_of(study, plan)
-    done = {trial.user_attrs.get('run') for trial in trials_of(study, TrialState.COMPLETE)}
+    done = {plan.run_of(trial) for trial in trials_of(study, TrialState.COMPLETE)}
     errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL)
-              if 'error' in trial.user_attrs and trial.user_attrs.get('run') not in done]
+              if 'error' in trial.user_attrs and plan.run_of(trial) not in done]
     if not rows:
         raise UserError(f"no run has finished: {errors[-1] if errors else 'all were stopped'}")
     report = Report(Path(config.out_dir).name, rows, plan.models, plan.axes, plan.base, fit=config.search == 'grid')

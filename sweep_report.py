@@ -165,6 +165,7 @@ class Report:
         self.shape_keys = [key for key in models[0] if key != 'parameterization' and
                            len({model[key] for model in models}) > 1]
         self.seeds = sorted({row['seed'] for row in rows})
+        self.varied = [axis for axis in self.axes if len({row[axis] for row in rows}) > 1]
 
     def shape(self, model):
         return ', '.join(f'{key} {number(model[key])}' for key in self.shape_keys) or 'one shape'
@@ -228,9 +229,12 @@ class Report:
             f"{len(self.seeds)} seed(s); {' to '.join(dict.fromkeys(tokens[:1] + tokens[-1:]))} training "
             f'tokens a run; {sum(trained_s.values()) / 3600:.2f} hours of training in all.', '',
             f'Shared by all: {shared}.', '']
-        for axis in self.axes:
-            if len({row[axis] for row in self.rows}) > 1:
-                lines += [f'## {axis}', '', *self.table(axis), '', f'![{axis}]({axis}.png)', '']
+        for axis in self.varied or self.axes[:1]:
+            lines += [f'## {axis}', '', *self.table(axis), '']
+            if axis in self.varied:
+                lines += [f'![{axis}]({axis}.png)', '']
+        if self.shape_keys:
+            lines += ['![every shape with the values that are best for the first](shapes.png)', '']
         return '\n'.join([*lines, LEGEND if self.fit else SEARCH_LEGEND]) + '\n'
 
     def plot(self, axis, path):
@@ -286,13 +290,45 @@ class Report:
         pyplot.close(figure)
         return path
 
+    def plot_shapes(self, path):
+        """Loss against shape, a line for each parameterization: what is best for the first shape, and each one's best.
+
+        The first is the transfer; the gap to the second is its regret.
+        """
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+        axis = (self.varied or self.axes)[0]
+        shapes = list(dict.fromkeys(self.shape(model) for model in self.models))
+        figure, panel = pyplot.subplots(figsize=(6.4, 4.2), layout='constrained')
+        for color, rules in zip(pyplot.get_cmap('tab10').colors, self.rules):
+            curves = self.curves(rules, axis)
+            if shapes[0] not in curves:
+                continue
+            base = optimum(curves[shapes[0]]).best
+            for label, style, value_of in ((rules, 'o-', lambda curve: base),
+                                           ('', ':', lambda curve: optimum(curve).best)):
+                points = [(shapes.index(shape), mean(curve[value_of(curve)])) for shape, curve in curves.items()
+                          if value_of(curve) in curve]
+                panel.plot(*zip(*[(x, y if y < math.inf else math.nan) for x, y in points]), style, color=color,
+                           label=label or None, markersize=5)
+        panel.set_xticks(range(len(shapes)), [shape.replace(', ', '\n') for shape in shapes])
+        panel.set_ylabel('validation loss (nats per token)')
+        panel.set_title(f'at the {axis} that is best for the first shape; dotted: at its own best', fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.spines[['top', 'right']].set_visible(False)
+        panel.legend(frameon=False)
+        figure.savefig(path, dpi=140)
+        pyplot.close(figure)
+
     def write(self, out_dir):
         """Writes trials.csv, report.md and a plot for each axis; returns the text of the report."""
         out_dir = Path(out_dir)
         write_csv(out_dir / 'trials.csv', self.rows)
         text = self.markdown()
         (out_dir / 'report.md').write_text(text)
-        for axis in self.axes:
-            if len({row[axis] for row in self.rows}) > 1:
-                self.plot(axis, out_dir / f'{axis}.png')
+        for axis in self.varied:
+            self.plot(axis, out_dir / f'{axis}.png')
+        if self.shape_keys:
+            self.plot_shapes(out_dir / 'shapes.png')
         return text

@@ -168,7 +168,8 @@ def test_random_points_are_log_uniform_and_the_first_ones_stay():
     (dict(init_from=['scratch', 'gpt2']), 'init_from cannot be swept'),
     (dict(learning_rate=[]), 'learning_rate is an empty list'),
     (dict(shapes=[dict(n_layers=2)]), "shapes: unknown key 'n_layers'"),
-    (dict(shapes=[2, 4]), 'use a list of dicts'),
+    (dict(shapes=[2, 4]), 'use a list of dicts of the same keys'),
+    (dict(shapes=[dict(n_layer=2), dict(n_embd=32)]), 'use a list of dicts of the same keys'),
     (dict(lerning_rate=[0.1]), "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
     (dict(search='best'), "search='best' is not known"),
     (dict(search='tpe', n_layer=[2, 4], learning_rate=[0.1, 0.2]), 'tunes one model, this is 2'),
@@ -318,7 +319,7 @@ def test_a_killed_worker_costs_nothing(tiny, tmp_path):
     os.kill(victim, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    finished = [trial.user_attrs['run'] for trial in trials_of(study, COMPLETE)]
+    finished = [trial.params['learning_rate'] for trial in trials_of(study, COMPLETE)]
     assert len(finished) == len(set(finished)) == 24
     retried = [trial for trial in trials_of(study, COMPLETE) if 'failed_trial' in trial.system_attrs]
     assert len(retried) == 1
@@ -424,7 +425,7 @@ def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
     assert '2^-3.32' in table[2]  # init_std 0.1
     assert '6 diverged' in text and '12 seed' not in text and '2 seed(s)' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ['init_std.png', 'learning_rate.png', 'report.md',
-                                                                'trials.csv']
+                                                                'shapes.png', 'trials.csv']
 
 
 def test_csv_gives_the_same_rows_back(tmp_path):
