@@ -91,7 +91,7 @@ KEPT = ('bits_per_byte', 'last_train_loss', 'diverged_at', 'tokens', 'params', '
 
 MODEL_AXES = ('n_layer', 'n_embd', 'density', 'parameterization')
 ELSEWHERE = ('device', 'compile')  # may differ between the workers of a study
-ALONE = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=2**62, sample_tokens=0, wandb_log=False)
+ALONE = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=0, sample_tokens=0, wandb_log=False)
 NOT_SWEPT = (*ALONE, *ELSEWHERE, 'overwrite', 'always_save_checkpoint', 'log_interval', 'wandb_project',
              'wandb_run_name')
 
@@ -203,7 +203,7 @@ def cost(config, data):
     with torch.device('meta'):
         model = GPT(gpt_config(config, data.vocab_size))
     tokens = config.tokens_per_param * model.num_params() or config.max_iters * config.batch_tokens
-    return model.flops_per_token() * (tokens + 2 * config.eval_tokens / 3)
+    return model.flops_per_token() * (tokens + config.eval_tokens / 3)
 
 
 # -----------------------------------------------------------------------------
@@ -369,9 +369,9 @@ def work(config, overrides, device, threads, after_each=lambda: None):
     """Runs trials until none is left, here or with another worker who may die yet. Raises UserError."""
     if threads:
         torch.set_num_threads(threads)
-    # how many graphs torch.compile keeps, one for each model, before it runs without
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     plan, study = Plan(config, overrides), open_study(config)
+    if any(one.compile for one in plan.configs):  # how many graphs, one for each model, torch keeps before it gives up
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     watched = is_heartbeat_enabled(study._storage)
     try:
         while True:

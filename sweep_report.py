@@ -101,8 +101,10 @@ def optimum(curve):
     if isinstance(best, (str, bool)):
         return Optimum(best, scale(best, curve), math.nan, '', curve[best])
     at, edge = lowest(xs, [mean(curve[value]) for value in values])
-    seeds = set.intersection(*(set(losses) for losses in curve.values()))
-    each = [lowest(xs, [curve[value][seed] for value in values])[0] for seed in sorted(seeds)]
+    each = []
+    for seed in sorted(curve[best]):
+        its_own = [(x, curve[value][seed]) for x, value in zip(xs, values) if seed in curve[value]]
+        each.append(lowest(*zip(*its_own))[0])
     return Optimum(best, at, standard_error(each), edge, curve[best])
 
 

@@ -81,7 +81,7 @@ class TrainConfig:
     schedule: str = 'linear'               # linear, cosine or constant after the warm-up
     final_lr_frac: float = 0.0             # where linear and cosine end
     # evaluation, checkpoints and logs
-    eval_interval: int = 250               # steps between validations, each followed by a checkpoint
+    eval_interval: int = 250               # steps between validations, each followed by a checkpoint; 0: only the last
     eval_tokens: int = 65536               # validation tokens, the same ones every time
     eval_only: bool = False                # validate once and stop
     always_save_checkpoint: bool = True    # False: only when the validation loss is the best so far
@@ -98,7 +98,7 @@ class TrainConfig:
     def __post_init__(self):
         """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
         require_at_least(self, block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0,
-                         learning_rate=0, weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, eval_interval=1,
+                         learning_rate=0, weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, eval_interval=0,
                          eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0)
         for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
             value, end = getattr(self, key), ')' if key.startswith('beta') else ']'
@@ -334,7 +334,7 @@ def train(config):
     model.train()
     for step in range(first_step, steps + 1):
         row = dict(step=step, tokens=step * c.batch_tokens)
-        if step % c.eval_interval == 0 or step == steps or c.eval_only:
+        if step == steps or c.eval_only or c.eval_interval and step % c.eval_interval == 0:
             val_loss = evaluate()
             if not math.isfinite(val_loss):
                 diverged_at = step

@@ -5,5 +5,5 @@ from sweep_base import *
 out_dir = 'out/sweep_width'
 parameterization = ['sp', 'mup', 'completep']
 n_embd = [32, 64, 128, 256]
-learning_rate = [2.0**k for k in range(-10, -3)]
+learning_rate = [2.0**k for k in range(-9, -3)]
 seed = [1, 2, 3]
