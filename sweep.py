@@ -372,9 +372,9 @@ def work(config, overrides, device, threads, after_each=lambda: None):
     plan, study = Plan(config, overrides), open_study(config)
     if any(one.compile for one in plan.configs):  # how many graphs, one for each model, torch keeps before it gives up
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-    watched = is_heartbeat_enabled(study._storage)
+    watched, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
     try:
-        while True:
+        while not parent or parent.is_alive():
             optuna.storages.fail_stale_trials(study)  # those of dead workers come back into the queue
             trials = take(study, plan, config, device)
             if trials:
@@ -406,7 +406,7 @@ def places(config, device):
 
 
 def run(config, overrides, plan, study, costs):
-    """Starts the workers and shows their progress until they end. Raises UserError if they leave trials undone."""
+    """Starts the workers and shows their progress until they end. Raises UserError."""
     each = max(costs.values())  # for the points that a sampler has yet to choose
     planned, total = (config.trials, config.trials * each) if plan.sampled else (len(costs), sum(costs.values()))
     interval_s, shown = 0.5 if sys.stderr.isatty() else 60, [0.0]
