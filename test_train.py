@@ -98,6 +98,23 @@ def test_a_run_learns_and_writes_what_it_says(tiny, capsys):
     assert Path(tiny.out_dir, 'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_eval_interval_0_validates_at_the_end_only(tiny):
+    train(replace(tiny, eval_interval=0))
+    assert [row['step'] for row in rows_of(tiny.out_dir) if row['val_loss']] == ['8']
+    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000008.pt']
+
+
+def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
+    written = train(tiny)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.out_dir, tmp_path / 'here')
+    monkeypatch.chdir(tmp_path / 'here')  # another run's checkpoints are none of ours
+    before = sorted(path.name for path in Path('.').iterdir())
+    summary = train(replace(tiny, out_dir=''))
+    assert sorted(path.name for path in Path('.').iterdir()) == before
+    assert summary['val_loss'] == written['val_loss']
+
+
 @pytest.mark.parametrize('changes', [
     dict(),
     dict(dropout=0.3, parameterization='completep_supar', density=0.5, tie_weights=True, weight_decay=0.1),
