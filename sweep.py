@@ -151,6 +151,11 @@ class Plan:
         unknown = [key for key in in_shapes if key not in {field.name for field in fields(TrainConfig)}]
         if unknown:
             raise UserError(f"shapes: unknown key '{unknown[0]}'; see python train.py --help for all keys")
+        clash = [key for key in in_shapes if key in ('seed', 'learning_rate', *NOT_SWEPT)
+                 or isinstance(overrides.get(key), list)]
+        if clash:
+            raise UserError(f'{clash[0]} cannot be in shapes'
+                            f"{': it has a list of its own' if clash[0] in overrides else ''}")
         repeated = [key for key, held in values.items() if len(set(held)) < len(held)]
         if repeated:
             raise UserError(f'{repeated[0]}={values[repeated[0]]} holds a value twice: leave one out')
@@ -253,14 +258,14 @@ def trials_of(study, *states):
     return study.get_trials(deepcopy=False, states=states or None)
 
 
-def distribution(key, values):
+def distribution(key, values, log=False):
     """Optuna's description of a key; the text ones cannot grow later, so they start with all that is allowed."""
     texts = {'parameterization': tuple(PARAMETERIZATIONS), 'schedule': ('linear', 'cosine', 'constant')}
     if isinstance(values[0], (str, bool)):
         return optuna.distributions.CategoricalDistribution(texts.get(key) or tuple(sorted(set(values))))
     kind = optuna.distributions.IntDistribution if isinstance(values[0], int) else \
         optuna.distributions.FloatDistribution
-    return kind(min(values), max(values), log=min(values) > 0)
+    return kind(min(values), max(values), log=log and min(values) > 0)
 
 
 def enqueue(study, plan, out_dir):
@@ -309,7 +314,8 @@ def take(study, plan, config, device):
         waiting = trials_of(study, TrialState.WAITING)
         if not waiting and (not plan.sampled or len(trials_of(study, *ALIVE)) >= config.trials):
             break
-        trial = study.ask({key: distribution(key, held) for key, held in plan.axes.items()} if plan.sampled else None)
+        trial = study.ask({key: distribution(key, held, log=True) for key, held in plan.axes.items()}
+                          if plan.sampled else None)
         twins = [other for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE)
                  if other.number < trial.number and plan.run_of(other) == plan.run_of(trial)]
         if not trial.params or twins and not plan.sampled:  # another worker took the last; two machines queued it

@@ -170,6 +170,8 @@ def test_random_points_are_log_uniform_and_the_first_ones_stay():
     (dict(shapes=[dict(n_layers=2)]), "shapes: unknown key 'n_layers'"),
     (dict(shapes=[2, 4]), 'use a list of dicts of the same keys'),
     (dict(shapes=[dict(n_layer=2), dict(n_embd=32)]), 'use a list of dicts of the same keys'),
+    (dict(shapes=[dict(n_layer=2)], n_layer=[2, 4]), 'n_layer cannot be in shapes: it has a list of its own'),
+    (dict(shapes=[dict(seed=2)]), 'seed cannot be in shapes'),
     (dict(lerning_rate=[0.1]), "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
     (dict(search='best'), "search='best' is not known"),
     (dict(search='tpe', n_layer=[2, 4], learning_rate=[0.1, 0.2]), 'tunes one model, this is 2'),
