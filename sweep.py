@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,11 @@ from optuna.storages._heartbeat import get_heartbeat_thread, is_heartbeat_enable
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
+from configurator import UserError, check, configure, exit_on_user_error, first_line, require_at_least
 from hardware import pick_device
 from model import GPT, PARAMETERIZATIONS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
-from sweep_report import Report, read_csv
+from sweep_report import Report, read_csv, write_csv
 from train import MODEL_KEYS, TrainConfig, open_dataset, split_batch, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
@@ -81,6 +82,7 @@ class SweepConfig:
             raise UserError('out_dir and study cannot be empty: a sweep keeps its trials')
 
 
+GRACE = 3  # heartbeats that a worker may miss
 ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 KEPT = ('bits_per_byte', 'last_train_loss', 'diverged_at', 'tokens', 'params', 'seconds', 'stack', 'dtype', 'device',
         'torch')  # of a run's summary, beside the loss
@@ -102,15 +104,21 @@ def crossed(axes):
 
 
 def drawn(axes, trials, seed):
-    """`trials` random points, log-uniform where all values are above zero; more trials begin with the same points."""
+    """`trials` random points between the least and the greatest values of `axes`; more begin with the same ones.
+
+    Log-uniform where all values are above zero; of integers, the multiples of what the given ones have in common.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(values):
-        if not isinstance(values[0], (int, float)) or isinstance(values[0], bool):
+        if isinstance(values[0], (str, bool)):
             return values[rng.integers(len(values))]
         least, most = min(values), max(values)
         value = least * (most / least) ** rng.random() if least > 0 else least + (most - least) * rng.random()
-        return round(value) if isinstance(values[0], int) else float(f'{value:.4g}')
+        if isinstance(values[0], int):
+            step = math.gcd(*values) or 1
+            return round(value / step) * step
+        return float(f'{value:.4g}')
     return [{key: draw(values) for key, values in axes.items()} for _ in range(trials)]
 
 
@@ -132,45 +140,30 @@ class Plan:
     """What a sweep is to run.
 
     models: dicts, a line in the plots each; axes: {key: values}; points: dicts of model, axes and seed; configs: the
-    TrainConfig of each point; base: what they share, which a study must not change.
+    TrainConfig of each point; facts: what all trials share and in which keys they differ, as a study keeps it.
     """
 
     def __init__(self, config, overrides):
         """Raises UserError for a point that cannot run."""
         values = {key: value if isinstance(value, list) else [value] for key, value in overrides.items()}
-        for key in ('seed', *MODEL_AXES):
+        for key in ('seed', 'learning_rate', *MODEL_AXES):
             values.setdefault(key, [getattr(TrainConfig, key)])
         unusable = [key for key in NOT_SWEPT if len(values.get(key, [])) > 1]
         if unusable:
             raise UserError(f'{unusable[0]} cannot be swept: give it one value')
-        if not all(isinstance(shape, dict) and shape and shape.keys() == config.shapes[0].keys()
-                   for shape in config.shapes):
-            raise UserError(f'shapes={config.shapes} is not allowed: use a list of dicts of the same keys, '
-                            '[dict(n_layer=2), dict(n_layer=4)]')
-        in_shapes = list(config.shapes[0]) if config.shapes else []
-        unknown = [key for key in in_shapes if key not in {field.name for field in fields(TrainConfig)}]
-        if unknown:
-            raise UserError(f"shapes: unknown key '{unknown[0]}'; see python train.py --help for all keys")
-        clash = [key for key in in_shapes if key in ('seed', 'learning_rate', *NOT_SWEPT)
-                 or isinstance(overrides.get(key), list)]
-        if clash:
-            raise UserError(f'{clash[0]} cannot be in shapes'
-                            f"{': it has a list of its own' if clash[0] in overrides else ''}")
         repeated = [key for key, held in values.items() if len(set(held)) < len(held)]
         if repeated:
             raise UserError(f'{repeated[0]}={values[repeated[0]]} holds a value twice: leave one out')
+        shapes = self.checked(config.shapes, overrides)
+        in_shapes = list(shapes[0])
         grid = crossed({key: values[key] for key in MODEL_AXES if key not in in_shapes})
-        self.models = [{**model, **shape} for model in grid for shape in config.shapes or [{}]]
-        self.axes = {key: held for key, held in values.items()
-                     if (len(held) > 1 or key == 'learning_rate') and key not in ('seed', *MODEL_AXES, *in_shapes)}
-        self.axes.setdefault('learning_rate', [TrainConfig.learning_rate])
-        self.seeds = values['seed']
-        self.base = {key: held[0] for key, held in values.items()
-                     if key not in ('seed', *MODEL_AXES, *in_shapes, *self.axes, *NOT_SWEPT) or key in ELSEWHERE}
+        self.models = [{**model, **shape} for model in grid for shape in shapes]
+        self.axes = {key: held for key, held in values.items() if (len(held) > 1 or key == 'learning_rate')
+                     and key not in ('seed', *MODEL_AXES, *in_shapes)}
         self.sampled = config.search in SAMPLERS
-        if self.sampled and len(self.models) * len(self.seeds) > 1:
+        if self.sampled and len(self.models) * len(values['seed']) > 1:
             raise UserError(f"search='{config.search}' tunes one model, this is {len(self.models)} with "
-                            f'{len(self.seeds)} seeds: use grid or random, or a single one of each')
+                            f"{len(values['seed'])} seeds: use grid or random, or a single one of each")
         if config.search != 'grid' and all(len(held) < 2 for held in self.axes.values()):
             raise UserError(f"search='{config.search}' has nothing to search: give an axis its least and greatest "
                             'value, such as --learning_rate=0.0005,0.05')
@@ -178,29 +171,48 @@ class Plan:
             crossed(self.axes)
         # seeds one after the other, so that a sweep that was stopped has whole ones
         self.points = [{**model, **setting, 'seed': seed}
-                       for seed in self.seeds for model in self.models for setting in settings]
+                       for seed in values['seed'] for model in self.models for setting in settings]
+        differ = self.axes if self.sampled else self.points[0]
+        shared = {**asdict(TrainConfig()), **{key: held[0] for key, held in values.items()}, **self.points[0]}
+        self.facts = dict(differ=sorted(differ), search=config.search if self.sampled else 'points',
+                          base={key: value for key, value in shared.items() if key not in (*differ, *NOT_SWEPT)})
+        self.elsewhere = {key: values[key][0] for key in ELSEWHERE if key in values}
         self.configs = [self.train_config(point) for point in self.points]
         self.digests = {}  # by number of the trial
 
-    def config_of(self, trial, device):
-        """The TrainConfig of a trial of this plan on `device`."""
-        return replace(self.train_config({**self.points[0], **trial.params}), device=device)
-
-    def run_of(self, trial):
-        """The digest of a trial."""
-        if trial.number not in self.digests:
-            self.digests[trial.number] = digest(self.config_of(trial, 'auto'))
-        return self.digests[trial.number]
+    @staticmethod
+    def checked(shapes, overrides):
+        """`shapes` with values of the right types, or a single empty one. Raises UserError."""
+        if not all(isinstance(shape, dict) and shape and shape.keys() == shapes[0].keys() for shape in shapes):
+            raise UserError(f'shapes={shapes} is not allowed: use a list of dicts of the same keys, '
+                            '[dict(n_layer=2), dict(n_layer=4)]')
+        types = {key: type(value) for key, value in asdict(TrainConfig()).items()}
+        shapes = [{key: check(key, value, types, 'shapes') for key, value in shape.items()} for shape in shapes] or [{}]
+        clash = [key for key in shapes[0] if key in ('seed', 'learning_rate', *NOT_SWEPT)
+                 or isinstance(overrides.get(key), list)]
+        if clash:
+            raise UserError(f'{clash[0]} cannot be in shapes'
+                            f"{': it has a list of its own' if clash[0] in overrides else ''}")
+        return shapes
 
     def train_config(self, point):
         """The TrainConfig of a point. Raises UserError."""
         try:
-            config = TrainConfig(**{**self.base, **point, **ALONE})
+            config = TrainConfig(**{**self.facts['base'], **self.elsewhere, **point, **ALONE})
             split_batch(config, world_size=1)
             gpt_config(config)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{error} (in {', '.join(f'{key}={value}' for key, value in point.items())})") from None
         return config
+
+    def point_of(self, trial):
+        return {**self.points[0], **trial.params} if self.sampled else trial.params
+
+    def run_of(self, trial):
+        """The digest of a trial."""
+        if trial.number not in self.digests:
+            self.digests[trial.number] = digest(self.train_config(self.point_of(trial)))
+        return self.digests[trial.number]
 
 
 def cost(config, data):
@@ -229,7 +241,7 @@ def open_study(config):
             sqlite = url.startswith('sqlite')
             storage = optuna.storages.RDBStorage(
                 url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {},
-                heartbeat_interval=config.heartbeat_s, grace_period=3 * config.heartbeat_s,
+                heartbeat_interval=config.heartbeat_s, grace_period=GRACE * config.heartbeat_s,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
             if sqlite:
                 lock_before_reading(storage.engine)
@@ -263,9 +275,10 @@ def distribution(key, values, log=False):
     texts = {'parameterization': tuple(PARAMETERIZATIONS), 'schedule': ('linear', 'cosine', 'constant')}
     if isinstance(values[0], (str, bool)):
         return optuna.distributions.CategoricalDistribution(texts.get(key) or tuple(sorted(set(values))))
-    kind = optuna.distributions.IntDistribution if isinstance(values[0], int) else \
-        optuna.distributions.FloatDistribution
-    return kind(min(values), max(values), log=log and min(values) > 0)
+    if isinstance(values[0], float):
+        return optuna.distributions.FloatDistribution(min(values), max(values), log=log and min(values) > 0)
+    step = math.gcd(*values) or 1
+    return optuna.distributions.IntDistribution(min(values), max(values), step=step)
 
 
 def enqueue(study, plan, out_dir):
@@ -273,102 +286,143 @@ def enqueue(study, plan, out_dir):
 
     Raises UserError for a study, or a trials.csv, of another sweep.
     """
-    path = Path(out_dir, 'base.json')
-    here = f"study '{study.study_name}'", study.user_attrs.get('base')
-    if here[1] is None and path.exists():
-        here = f"'{path}'", json.loads(path.read_text())
-    differ = [f'{key} is {(here[1] or plan.base).get(key)!r} there and {plan.base.get(key)!r} here'
-              for key in {**(here[1] or {}), **plan.base}
-              if key not in ELSEWHERE and (here[1] or plan.base).get(key) != plan.base.get(key)]
-    if differ:
-        raise UserError(f"{here[0]} is of another sweep: {'; '.join(differ)}. Use another --out_dir or --study")
-    queue = []
-    if 'base' not in study.user_attrs:
-        study.set_user_attr('base', plan.base)
-        types = {key: type(value) for key, value in asdict(TrainConfig()).items()}
-        rows = {row['trial']: row for row in read_csv(Path(out_dir, 'trials.csv'), types)}
-        for row in rows.values():
-            point = {key: row.pop(key) for key in plan.points[0]}
-            queue.append((point, dict(state=TrialState.COMPLETE, value=row.pop('val_loss')), row))
+    path, known = Path(out_dir, 'sweep.json'), study.user_attrs.get('sweep')
+    types = {key: type(value) for key, value in asdict(TrainConfig()).items()}
+    rows = [] if known else read_csv(Path(out_dir, 'trials.csv'), types)
+    whose = f"study '{study.study_name}'"
+    if rows:
+        whose = f"'{Path(out_dir, 'trials.csv')}'"
+        if not path.exists():
+            raise UserError(f"{whose} has no sweep.json beside it that says of what: use another --out_dir")
+        known = json.loads(path.read_text())
+    if known:
+        require_same(known, plan.facts, whose)
+    queue = [({key: row[key] for key in plan.facts['differ']}, dict(state=TrialState.COMPLETE, value=row['val_loss']),
+              {key: row[key] for key in KEPT}) for row in {row['trial']: row for row in rows}.values()]
     queue += [(point, dict(state=TrialState.WAITING), {}) for point in plan.points if not plan.sampled]
     there = {plan.run_of(trial) for trial in trials_of(study, *ALIVE)}
-    held = {key: [point[key] for point, _, _ in queue] for key in plan.points[0]}
+    held = {key: [point[key] for point, _, _ in queue] for key in plan.facts['differ']}
     for point, state, results in queue:
-        run = digest(plan.train_config(point))
+        run = digest(plan.train_config({**plan.points[0], **point}))
         if run in there:
             continue
         there.add(run)
         try:
             study.add_trial(optuna.create_trial(
-                **state, params=point, distributions={key: distribution(key, held[key]) for key in point},
-                user_attrs=results))
+                **state, params=point, user_attrs=results,
+                distributions={key: distribution(key, held[key], log=plan.sampled) for key in point}))
         except ValueError as error:
-            raise UserError(f"study '{study.study_name}' cannot take {point} ({first_line(error)}): use another "
-                            '--out_dir or --study') from None
+            raise UserError(f"{whose} cannot take {point} ({first_line(error)}): use another --out_dir or "
+                            '--study') from None
+    study.set_user_attr('sweep', plan.facts)
 
 
-def take(study, plan, config, device):
-    """The trials to run next, marked as running: a stack of the first one's kind at most; none where none is left."""
-    taken, wanted = [], 1
-    while len(taken) < wanted:
-        waiting = trials_of(study, TrialState.WAITING)
-        if not waiting and (not plan.sampled or len(trials_of(study, *ALIVE)) >= config.trials):
-            break
-        trial = study.ask({key: distribution(key, held, log=True) for key, held in plan.axes.items()}
-                          if plan.sampled else None)
-        twins = [other for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE)
-                 if other.number < trial.number and plan.run_of(other) == plan.run_of(trial)]
-        if not trial.params or twins and not plan.sampled:  # another worker took the last; two machines queued it
-            study.tell(trial, state=TrialState.PRUNED)
-            continue
-        if not taken:
-            wanted = config.stack or stack_size(plan.config_of(trial, device))
-        trial.set_user_attr('worker', f'{platform.node()}:{os.getpid()}')
-        taken.append(trial)
-    return taken
+def require_same(known, facts, whose):
+    """Raises UserError if two sweeps differ in what all their trials share, or in which keys those differ."""
+    def of(facts):
+        named = {key: f'is {value!r}' for key, value in facts['base'].items()}
+        return {**named, **{key: 'varies' for key in facts['differ']}, 'search': f"is {facts['search']!r}"}
+    there, here = of(known), of(facts)
+    defaults = of(dict(facts, base=asdict(TrainConfig())))  # for keys that are younger than the study
+    differ = [f'{key} {there.get(key, defaults[key])} there and {value} here' for key, value in here.items()
+              if there.get(key, defaults[key]) != value]
+    if differ:
+        raise UserError(f"{whose} is of another sweep: {'; '.join(differ)}. Use another --out_dir or --study")
 
 
 # -----------------------------------------------------------------------------
 # Workers
 
 
-def run_trials(study, plan, trials, device):
-    """Trains `trials`, neighbours that can be stacked together, and tells the study; an error fails only its own."""
-    with contextlib.ExitStack() as running:
-        for trial in trials:
-            running.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
-        configs = {trial.number: plan.config_of(trial, device) for trial in trials}
-        for _, group in itertools.groupby(trials, key=lambda trial: stackable(configs[trial.number])):
-            group = list(group)
-            stacks = [group] if not why_not_stack(configs[group[0].number]) else [[trial] for trial in group]
-            for stack in stacks:
-                train_and_tell(study, stack, [configs[trial.number] for trial in stack])
+def bury_the_dead(study, config):
+    """Puts the trials of workers that died back into the queue."""
+    optuna.storages.fail_stale_trials(study)  # no heartbeat for long
+    for trial in trials_of(study, TrialState.RUNNING):  # died before the first one
+        age_s = (datetime.now() - trial.datetime_start).total_seconds()
+        if 'worker' not in trial.user_attrs and age_s > GRACE * config.heartbeat_s:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def take(study, plan, config, device, trials, beats):
+    """Appends to `trials` those to run next, with their heartbeats in `beats`: one stack's, or none if none is left."""
+    wanted = 1
+    while len(trials) < wanted:
+        if not trials_of(study, TrialState.WAITING) and (not plan.sampled or sampled_so_far(study) >= config.trials):
+            return
+        trial = study.ask({key: distribution(key, held, log=True) for key, held in plan.axes.items()}
+                          if plan.sampled else None)
+        beats.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
+        trial.set_user_attr('worker', f'{platform.node()}:{os.getpid()}')
+        trials.append(trial)
+        if plan.sampled:
+            superfluous = sampled_so_far(study, before=trial.number) >= config.trials
+        else:  # another worker took the last one, or another machine queued the same point
+            superfluous = not trial.params or any(
+                other.number < trial.number and plan.run_of(other) == plan.run_of(trial)
+                for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE))
+        if superfluous:
+            study.tell(trials.pop(), state=TrialState.PRUNED)
+            continue
+        try:
+            first = replace(plan.train_config(plan.point_of(trials[0])), device=device)
+        except UserError as error:  # a sampler does not know which values go together
+            tell(study, trials.pop(), dict(error=str(error)), state=TrialState.FAIL)
+            continue
+        wanted = config.stack or stack_size(first)
+
+
+def sampled_so_far(study, before=math.inf):
+    """Points that a sampler has chosen: also those that failed, or a search in which all do would not end."""
+    return sum(trial.state in ALIVE or 'error' in trial.user_attrs
+               for trial in trials_of(study) if trial.number < before)
+
+
+def run_next(study, plan, config, device):
+    """Takes the next trials, trains them and tells the study; returns whether there were any."""
+    trials = []
+    with contextlib.ExitStack() as beats:
+        try:
+            take(study, plan, config, device, trials, beats)
+            configs = {trial.number: replace(plan.train_config(plan.point_of(trial)), device=device)
+                       for trial in trials}
+            for _, group in itertools.groupby(list(trials), key=lambda trial: stackable(configs[trial.number])):
+                group = list(group)
+                first = configs[group[0].number]
+                size = 1 if why_not_stack(first) else config.stack or stack_size(first)
+                for i in range(0, len(group), size):
+                    train_and_tell(study, group[i:i + size], configs)
+            return bool(trials)
+        except BaseException:  # Ctrl-C, for one: the next start is to run at once what is left of them
+            for trial in trials:
+                tell(study, trial, state=TrialState.FAIL)
+            raise
 
 
 def train_and_tell(study, trials, configs):
-    untold = list(trials)
-
-    def tell(trial, attrs, **outcome):
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # given up for dead and run by another
-            for key, value in attrs.items():
-                trial.set_user_attr(key, None if isinstance(value, float) and not math.isfinite(value) else value)
-            study.tell(trial, **outcome)
-
+    """Trains trials as a stack, or one by one if they do not fit; an error of a run ends that run, not the sweep."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            summaries = train_stack(configs) if len(configs) > 1 else [train(configs[0])]
-        for trial, summary in zip(trials, summaries):
-            tell(trial, {key: summary.get(key) for key in KEPT}, values=summary['val_loss'])
-            untold.remove(trial)
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
-        raise
-    except Exception as error:  # out of memory, for one: the sweep goes on, and says so at its end
-        for trial in untold:
-            tell(trial, dict(error=f'{type(error).__name__}: {first_line(error)}'), state=TrialState.FAIL)
-    except KeyboardInterrupt:  # the next start is to run them at once
-        for trial in untold:
-            tell(trial, {}, state=TrialState.FAIL)
-        raise
+            of = [configs[trial.number] for trial in trials]
+            summaries = train_stack(of) if len(of) > 1 else [train(of[0])]
+    except Exception as error:
+        if len(trials) == 1:
+            tell(study, trials[0], dict(error=f'{type(error).__name__}: {first_line(error)}'), state=TrialState.FAIL)
+            return
+        print(f'a stack of {len(trials)} failed, its runs go one by one: {first_line(error)}', file=sys.stderr)
+        for trial in trials:
+            train_and_tell(study, [trial], configs)
+        return
+    for trial, summary in zip(trials, summaries):
+        tell(study, trial, {key: summary.get(key) for key in KEPT}, values=summary['val_loss'])
+
+
+def tell(study, trial, attrs={}, **outcome):
+    """Tells the study how a trial ended, unless it has an end already: given up for dead and run by another, say."""
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        for key, value in attrs.items():
+            trial.set_user_attr(key, None if isinstance(value, float) and not math.isfinite(value) else value)
+        study.tell(trial, skip_if_finished=True, **outcome)
 
 
 def work(config, overrides, device, threads, after_each=lambda: None):
@@ -381,10 +435,8 @@ def work(config, overrides, device, threads, after_each=lambda: None):
     watched, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
     try:
         while not parent or parent.is_alive():
-            optuna.storages.fail_stale_trials(study)  # those of dead workers come back into the queue
-            trials = take(study, plan, config, device)
-            if trials:
-                run_trials(study, plan, trials, device)
+            bury_the_dead(study, config)
+            if run_next(study, plan, config, device):
                 after_each()
             elif watched and trials_of(study, TrialState.RUNNING):
                 time.sleep(min(1, config.heartbeat_s))
@@ -430,10 +482,11 @@ def run(config, overrides, plan, study, costs):
             bar.refresh()
             shown[0] = time.monotonic()
 
-    where = places(config, plan.base.get('device', 'auto'))
+    where = places(config, plan.configs[0].device)
     print(f"{len(where)} worker{'s' * (len(where) > 1)}, {where[0][1] or 'all'} thread(s) each")
     with bar:
         show()
+        bar.initial = bar.n  # what was done before tells nothing about the time that is left
         if len(where) == 1:
             work(config, overrides, *where[0], show)
             return
@@ -451,87 +504,105 @@ def run(config, overrides, plan, study, costs):
 
 
 def rows_of(study, plan):
-    """A row for each point that has been run, those of the plan first; equal points have the same trial."""
+    """A row for each point of the plan that has been run, equal points with the same trial; and rows for all others."""
     finished = trials_of(study, TrialState.COMPLETE)
+
+    def row(point, trial):
+        return dict(point, val_loss=trial.value, trial=trial.number, **{key: trial.user_attrs.get(key) for key in KEPT})
+    if plan.sampled:
+        return [row(plan.point_of(trial), trial) for trial in finished], []
     by_run = {plan.run_of(trial): trial for trial in reversed(finished)}
-    pairs = [(point, by_run[run]) for point, run in ((point, digest(config)) for point, config in
-                                                     zip(plan.points, plan.configs)) if run in by_run]
-    planned = {json.dumps(point, sort_keys=True) for point in plan.points}
-    for trial in finished:
-        point = {**plan.points[0], **trial.params}
-        if plan.sampled or json.dumps(point, sort_keys=True) not in planned:
-            pairs.append((point, trial))
-    return [dict(point, val_loss=trial.value, trial=trial.number, **{key: trial.user_attrs.get(key) for key in KEPT})
-            for point, trial in pairs]
+    runs = [digest(config) for config in plan.configs]
+    return ([row(point, by_run[run]) for point, run in zip(plan.points, runs) if run in by_run],
+            [row(plan.point_of(trial), trial) for trial in finished if plan.run_of(trial) not in runs])
 
 
-def write_best(path, plan, rows):
-    """Writes a config for train.py with the best point of the first model, the mean over the seeds; returns the row."""
+def write_best(path, plan, rows, overrides):
+    """Writes a config for train.py with the best point of the first model, on average over the seeds. Raises UserError.
+    """
     settings = {}
     for row in rows:
         if all(row[key] == value for key, value in plan.models[0].items()):
             settings.setdefault(tuple(row[key] for key in plan.axes), []).append(row)
-    best = min(settings.values(), key=lambda rows: (-len(rows), sum(row['val_loss'] for row in rows)))[0]
-    config = plan.train_config({key: best[key] for key in plan.points[0]})
+    most = max(map(len, settings.values()))
+
+    def mean_loss(rows):
+        return sum(row['val_loss'] for row in rows) / len(rows)
+    best = min((rows for rows in settings.values() if len(rows) == most), key=mean_loss)
+    if mean_loss(best) == math.inf:
+        raise UserError(f'all {len(settings)} points diverged: search lower learning rates')
+    config = plan.train_config({key: best[0][key] for key in plan.points[0]})
+    unswept = {key: overrides[key] for key in NOT_SWEPT if key in overrides and key not in ('out_dir', 'overwrite')}
     always = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim', *plan.axes)
-    lines = [f"# The best of {len(settings)} points: validation loss {best['val_loss']:.4f} at this shape.",
-             f'# Train it larger with the same values: python train.py {path} --n_layer=.. --n_embd=..']
-    lines += [f'{key} = {value!r}' for key, value in asdict(config).items() if key not in (*ALONE, 'seed') and
-              (key in always or value != getattr(TrainConfig, key))]
-    Path(path).write_text('\n'.join([*lines, f"out_dir = '{Path(path).with_suffix('')}'"]) + '\n')
-    return best
+    values = {key: value for key, value in asdict(config).items() if key not in (*NOT_SWEPT, 'seed') and
+              (key in always or value != getattr(TrainConfig, key))}
+    lines = [f'# The best of {len(settings)} points: validation loss {mean_loss(best):.4f} at this shape.',
+             f'# Train it larger with the same values: python train.py {path} --n_layer=.. --n_embd=..',
+             *(f'{key} = {value!r}' for key, value in {**values, **unswept}.items()),
+             f"out_dir = '{Path(path).with_suffix('')}'"]
+    Path(path).write_text('\n'.join(lines) + '\n')
+
+
+def read_sweep(argv):
+    """(SweepConfig, overrides of TrainConfig) from the command line. Raises UserError."""
+    argv = ['--tune=True' if argument == '--tune' else argument for argument in argv]
+    overrides = configure(SweepConfig, argv, axes=TrainConfig)
+    own = {key: overrides.pop(key) for key in list(overrides) if key in {field.name for field in fields(SweepConfig)}}
+    if own.get('tune'):
+        flags = {argument[2:].partition('=')[0] for argument in argv if argument.startswith('--')}
+        if 'out_dir' not in flags:
+            own['out_dir'] = 'out/tune'  # not the one that the config gives to train.py
+        own.setdefault('search', 'random')
+        for key, ends in TUNED.items():
+            if key not in flags and not isinstance(overrides.get(key), list):
+                overrides[key] = ends
+    return SweepConfig(**own), overrides
 
 
 def main():
     """Returns the exit code: 0, or 1 if runs failed. Raises UserError."""
-    argv = ['--tune=True' if argument == '--tune' else argument for argument in sys.argv[1:]]
-    overrides = configure(SweepConfig, argv, axes=TrainConfig)
-    own = {key: overrides.pop(key) for key in list(overrides) if key in {field.name for field in fields(SweepConfig)}}
-    if own.get('tune'):
-        if not any(argument.startswith('--out_dir=') for argument in argv):
-            own['out_dir'] = 'out/tune'  # not the one that the config gives to train.py
-        own.setdefault('search', 'random')
-        overrides = {**overrides, **{key: ends for key, ends in TUNED.items()
-                                     if not isinstance(overrides.get(key), list)}}
-    config = SweepConfig(**own)
+    config, overrides = read_sweep(sys.argv[1:])
     plan = Plan(config, overrides)
     data = [open_dataset(name) for name in dict.fromkeys(one.dataset for one in plan.configs)][0]
-    pick_device(plan.base.get('device', 'auto'))
+    pick_device(plan.configs[0].device)
+    out_dir = Path(config.out_dir)
     try:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        Path(config.out_dir, 'trials.csv').touch()
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / 'trials.csv').touch()
     except OSError as error:
-        raise UserError(f"out_dir='{config.out_dir}' cannot be written: {error}") from None
+        raise UserError(f"out_dir='{out_dir}' cannot be written: {error}") from None
     study = open_study(config)
-    enqueue(study, plan, config.out_dir)
-    Path(config.out_dir, 'base.json').write_text(json.dumps(plan.base, indent=1))
+    enqueue(study, plan, out_dir)
+    (out_dir / 'sweep.json').write_text(json.dumps(plan.facts, indent=1))
     costs = {digest(one): cost(one, data) for one in plan.configs}
-    waiting = len(trials_of(study, TrialState.WAITING))
     if plan.sampled:
-        print(f'{config.trials} runs, {config.trials - len(trials_of(study, *ALIVE)) + waiting} to do')
+        print(f'{config.trials} runs, {max(0, config.trials - sampled_so_far(study))} to do')
     else:
+        done = {plan.run_of(trial) for trial in trials_of(study, TrialState.COMPLETE)}
         print(f'{len(plan.models)} model(s) x {len(plan.points) // len(plan.models)} = {len(plan.points)} points, '
-              f'{len(costs)} different runs, {waiting} to do')
+              f'{len(costs)} different runs, {len(costs.keys() - done)} to do')
     if config.stack > 1 and why_not_stack(plan.configs[0]):
         print(f'runs are not stacked: {why_not_stack(plan.configs[0])}')
     run(config, overrides, plan, study, costs)
 
-    rows = rows_of(study, plan)
-    done = {plan.run_of(trial) for trial in trials_of(study, TrialState.COMPLETE)}
-    errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL)
-              if 'error' in trial.user_attrs and plan.run_of(trial) not in done]
+    rows, others = rows_of(study, plan)
+    missing = config.trials - len(rows) if plan.sampled else \
+        len(costs.keys() - {plan.run_of(trial) for trial in trials_of(study, TrialState.COMPLETE)})
+    errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL) if 'error' in trial.user_attrs]
+    reason = errors[-1] if errors else 'they were stopped'
     if not rows:
-        raise UserError(f"no run has finished: {errors[-1] if errors else 'all were stopped'}")
-    report = Report(Path(config.out_dir).name, rows, plan.models, plan.axes, plan.base, fit=config.search == 'grid')
-    print(report.write(config.out_dir))
+        raise UserError(f'no run has finished: {reason}')
+    write_csv(out_dir / 'trials.csv', rows + others)
+    shared = {key: value for key, value in plan.facts['base'].items() if value != getattr(TrainConfig, key)}
+    report = Report(out_dir.name, rows, plan.models, plan.axes, shared, fit=config.search == 'grid')
+    print(report.write(out_dir))
     if config.tune:
-        best = Path(config.out_dir, 'best.py')
-        write_best(best, plan, rows)
+        best = out_dir / 'best.py'
+        write_best(best, plan, rows, overrides)
         print(f'{best} has the best values: python train.py {best} --n_layer=.. --n_embd=..')
-    if errors:
-        print(f'{len(errors)} runs failed, the last with {errors[-1]}; the same command runs them again',
-              file=sys.stderr)
-    return 1 if errors or trials_of(study, TrialState.WAITING, TrialState.RUNNING) else 0
+    if missing > 0:
+        print(f'{missing} runs are missing ({reason}); the same command runs them again', file=sys.stderr)
+    return 1 if missing > 0 else 0
 
 
 if __name__ == '__main__':

@@ -45,13 +45,14 @@ def read_csv(path, types):
 class Optimum(NamedTuple):
     """Where a curve is lowest: `best`, the value run, and `at` +- `error`, a parabola's lowest point.
 
-    `at` is log2 of the value where that makes sense, see scale(). `error` is the standard error over the seeds, nan for
-    one seed. `edge`: '<' or '>' if the lowest point is the first or last value run, so that the optimum may be beyond.
+    `at` is log2 of the value where that makes sense, see scale(). `error` is the standard error over the seeds, nan
+    unless every seed has a parabola of its own. `mark`: '<' or '>' if the lowest point is the first or the last value
+    run, so that the optimum may lie beyond; '~' if runs beside it diverged, so that there is no parabola.
     """
     best: object
     at: float
     error: float
-    edge: str
+    mark: str
     losses: dict  # {seed: loss} at `best`
 
 
@@ -63,15 +64,19 @@ def scale(value, values):
 
 
 def curve_of(rows, axis, other_axes):
-    """{value of `axis`: {seed: loss}}; the other axes are set to what is best, on average over the seeds, there."""
+    """{value of `axis`: {seed: loss}}; the other axes are set to what is best, on average over the seeds, there.
+
+    Means are compared over the same seeds: those that have been run at every value, if there are any.
+    """
+    settings = {}
+    for row in rows:
+        settings.setdefault((row[axis], *(row[key] for key in other_axes)), {})[row['seed']] = row['val_loss']
+    common = set.intersection(*(set(losses) for losses in settings.values()))
     curve = {}
-    for value in sorted({row[axis] for row in rows}):
-        settings = {}
-        for row in rows:
-            if row[axis] == value:
-                settings.setdefault(tuple(row[key] for key in other_axes), {})[row['seed']] = row['val_loss']
-        most = max(len(losses) for losses in settings.values())
-        curve[value] = min((losses for losses in settings.values() if len(losses) == most), key=mean)
+    for (value, *_), losses in sorted(settings.items()):
+        losses = {seed: losses[seed] for seed in sorted(common or losses)}
+        if value not in curve or mean(losses) < mean(curve[value]):
+            curve[value] = losses
     return curve
 
 
@@ -84,14 +89,16 @@ def standard_error(values):
 
 
 def lowest(xs, losses):
-    """Lowest point of the parabola through the least loss and its two neighbours, and '<' or '>' at an end."""
+    """(lowest point of the parabola through the least loss and its two neighbours, the mark of an Optimum)."""
     i = int(np.argmin(losses))
     if i in (0, len(xs) - 1):
         return xs[i], '<' if i == 0 else '>'
     if not np.isfinite(losses[i - 1:i + 2]).all():
-        return xs[i], ''
+        return xs[i], '~'
     a, b, _ = np.polyfit(np.array(xs[i - 1:i + 2]) - xs[i], losses[i - 1:i + 2], 2)
-    return xs[i] + float(np.clip(-b / (2 * a), xs[i - 1] - xs[i], xs[i + 1] - xs[i])) if a > 0 else xs[i], ''
+    if a <= 0:  # three equal losses
+        return xs[i], '~'
+    return xs[i] + float(np.clip(-b / (2 * a), xs[i - 1] - xs[i], xs[i + 1] - xs[i])), ''
 
 
 def optimum(curve):
@@ -100,12 +107,13 @@ def optimum(curve):
     best = min(values, key=lambda value: mean(curve[value]))
     if isinstance(best, (str, bool)):
         return Optimum(best, scale(best, curve), math.nan, '', curve[best])
-    at, edge = lowest(xs, [mean(curve[value]) for value in values])
+    at, mark = lowest(xs, [mean(curve[value]) for value in values])
     each = []
-    for seed in sorted(curve[best]):
-        its_own = [(x, curve[value][seed]) for x, value in zip(xs, values) if seed in curve[value]]
-        each.append(lowest(*zip(*its_own))[0])
-    return Optimum(best, at, standard_error(each), edge, curve[best])
+    for seed in curve[best]:
+        of_seed = [(x, curve[value][seed]) for x, value in zip(xs, values) if seed in curve[value]]
+        each.append(lowest(*map(list, zip(*of_seed))))
+    fitted = not mark and not any(its_mark for _, its_mark in each)
+    return Optimum(best, at, standard_error([x for x, _ in each]) if fitted else math.nan, mark, curve[best])
 
 
 def compare(curves):
@@ -151,8 +159,9 @@ def plus_minus(value, error, form):
 LEGEND = """\
 Optimum: the lowest point of a parabola in log2 through the best value and its neighbours, on the mean over the seeds, ±
 the standard error of the seeds' own; after it the loss at the best value run. < and >: the best value is the first or
-last one run. Drift: last shape minus first. Regret: how much more the last shape loses at the value best for the first
-than at its own best. Where there are several axes, the others are at their best."""
+last one run, the optimum may lie beyond; ~: a run beside it diverged, there is no parabola. Drift: last shape minus
+first. Regret: how much more the last shape loses at the value best for the first than at its own best. Where there are
+several axes, the others are at their best."""
 SEARCH_LEGEND = """\
 Each cell: the best value found, with its loss. Regret: how much more the last shape loses at the value best for the
 first than at its own best."""
@@ -190,19 +199,20 @@ class Report:
             at = f'2^{best.at:.2f}' + (f' ± {best.error:.2f}' if math.isfinite(best.error) else '')
         else:
             at = plus_minus(best.at, best.error, '{:.3g}')
-        return f'{best.edge and best.edge + " "}{at}: {mean(best.losses):.4f}'
+        return f'{best.mark and best.mark + " "}{at}: {mean(best.losses):.4f}'
 
     def table(self, axis):
         """Lines of Markdown: for each parameterization the optimum of every shape, drift, regret."""
         shapes = list(dict.fromkeys(self.shape(model) for model in self.models))
         curves = {rules: self.curves(rules, axis) for rules in self.rules}
         heads = ['rules', *shapes]
-        if len(shapes) > 1:
+        compared = len(shapes) > 1 and axis in self.varied
+        if compared:
             heads += ['drift, octaves', "at the first's best", 'regret', 'each better than the one before']
         lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
         for rules, of in curves.items():
             cells = [rules] + [self.optimum_text(of[shape]) if shape in of else '' for shape in shapes]
-            if len(shapes) > 1 and len(of) == len(shapes):
+            if compared and len(of) == len(shapes):
                 cells += self.comparison(list(of.values()))
             lines.append('| ' + ' | '.join(cells + [''] * (len(heads) - len(cells))) + ' |')
         return lines
@@ -213,8 +223,8 @@ class Report:
         if not self.fit or isinstance(first.best, (str, bool)) or min(curves[0]) <= 0:
             moved = f'{number(first.best)} to {number(last.best)}'
         else:
-            at_an_end = ' (at an end of the grid)' if first.edge + last.edge else ''
-            moved = plus_minus(drift, drift_error, '{:+.2f}') + at_an_end
+            marks = dict.fromkeys(first.mark + last.mark)
+            moved = plus_minus(drift, drift_error, '{:+.2f}') + (f" ({' '.join(marks)})" if marks else '')
         at_base = curves[-1].get(first.best)
         lost = 'diverged' if regret == math.inf else plus_minus(100 * regret, 100 * regret_error, '{:.1f}') + '%'
         return [moved, f'{mean(at_base):.4f}' if at_base else 'not run', lost if at_base else 'not run',
@@ -223,8 +233,8 @@ class Report:
     def markdown(self):
         diverged = sum(row['val_loss'] == math.inf for row in self.rows)
         trained_s = {row['trial']: row['seconds'] for row in self.rows}
-        tokens = sorted(f"{row['tokens']:,}" for row in self.rows if row['val_loss'] < math.inf)
-        shared = ', '.join(f'{key}={number(value)}' for key, value in sorted(self.base.items()))
+        tokens = [f'{n:,}' for n in sorted({row['tokens'] for row in self.rows if row['val_loss'] < math.inf})]
+        shared = ', '.join(f'{key}={number(value)}' for key, value in sorted(self.base.items()) if value != '')
         lines = [
             f'# {self.name}', '',
             f'{len(self.rows)} points, {len(trained_s)} runs (equal ones are trained once), {diverged} diverged, '
@@ -324,9 +334,8 @@ class Report:
         pyplot.close(figure)
 
     def write(self, out_dir):
-        """Writes trials.csv, report.md and a plot for each axis; returns the text of the report."""
+        """Writes report.md, a plot for each axis and one over the shapes; returns the text of the report."""
         out_dir = Path(out_dir)
-        write_csv(out_dir / 'trials.csv', self.rows)
         text = self.markdown()
         (out_dir / 'report.md').write_text(text)
         for axis in self.varied:

@@ -1,5 +1,6 @@
 """Tests of sweep.py, stack.py and sweep_report.py: stacked runs, the queue and its workers, the report's figures."""
 import collections
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from dataset import ByteTokenizer
 from model import GPT, PARAMETERIZATIONS
 from stack import train_stack, why_not_stack
 from sweep import Plan, SweepConfig, digest, drawn, enqueue, open_study, trials_of
-from sweep_report import Report, compare, optimum, read_csv, write_csv
+from sweep_report import Report, compare, curve_of, optimum, read_csv, write_csv
 from train import TrainConfig, train
 from write_dataset import write_dataset
 
@@ -62,6 +63,14 @@ def sweep_main(tmp_path, tiny, monkeypatch, capfd):
             code = error
         return code, capfd.readouterr().out
     return main
+
+
+def in_threads(count, call):
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def rows_in(out_dir):
@@ -136,6 +145,14 @@ def test_equal_points_are_one_run(tiny):
     assert len(set.union(*losses.values())) == len(losses)
 
 
+def test_shapes_go_together(tiny):
+    plan = Plan(SweepConfig(shapes=[dict(n_layer=2, density=1), dict(n_layer=4, density=0.5)]),
+                {**tiny, 'parameterization': ['sp', 'supar']})
+    assert [(model['parameterization'], model['n_layer'], model['density']) for model in plan.models] == \
+        [('sp', 2, 1.0), ('sp', 4, 0.5), ('supar', 2, 1.0), ('supar', 4, 0.5)]
+    assert {type(model['density']) for model in plan.models} == {float}
+
+
 def test_a_run_is_known_by_all_that_changes_it(tiny):
     config = TrainConfig(**tiny)
     for changes in (dict(seed=3), dict(eps=1e-9), dict(beta1=0.8), dict(dtype='bfloat16'), dict(n_layer=3),
@@ -146,7 +163,7 @@ def test_a_run_is_known_by_all_that_changes_it(tiny):
 
 
 def test_random_points_are_log_uniform_and_the_first_ones_stay():
-    axes = dict(learning_rate=[2**-12, 2**-4], batch_tokens=[256, 4096], schedule=['linear', 'cosine'],
+    axes = dict(learning_rate=[2**-12, 2**-4], batch_tokens=[256, 4352], schedule=['linear', 'cosine'],
                 final_lr_frac=[0., 1.])
     points = drawn(axes, 2000, seed=1)
     assert points[:10] == drawn(axes, 10, seed=1) != drawn(axes, 10, seed=2)
@@ -154,7 +171,7 @@ def test_random_points_are_log_uniform_and_the_first_ones_stay():
     assert logs.min() > -12.01 and logs.max() < -3.99
     counts = np.histogram(logs, bins=8, range=(-12, -4))[0]
     assert counts.min() > 190 and counts.max() < 315  # 250 +- 15 each
-    assert all(type(point['batch_tokens']) is int and 256 <= point['batch_tokens'] <= 4096 for point in points)
+    assert {point['batch_tokens'] for point in points} == {256 * k for k in range(1, 18)}  # what 256 and 4352 share
     assert {point['schedule'] for point in points} == {'linear', 'cosine'}
     assert 0.45 < np.mean([point['final_lr_frac'] for point in points]) < 0.55
 
@@ -185,12 +202,11 @@ def test_mistakes_are_one_line_and_change_nothing(tiny, tmp_path, keys, words):
     file = tmp_path / 'sweep_mistake.py'
     file.write_text('\n'.join(f'{key} = {value!r}' for key, value in {**tiny, **keys}.items()))
     with pytest.raises(UserError) as error:
-        overrides = configure(SweepConfig, [str(file)], axes=TrainConfig)
-        own = {key: overrides.pop(key) for key in list(overrides) if key in SweepConfig.__dataclass_fields__}
-        config = SweepConfig(**{'out_dir': str(tmp_path), **own})
+        config, overrides = sweep.read_sweep([str(file), f'--out_dir={tmp_path}'][:1 + ('out_dir' not in keys)])
         Plan(config, overrides)
         open_study(config)
     assert words in str(error.value) and '\n' not in str(error.value)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_mistake_on_the_command_line_ends_with_2(tmp_path):
@@ -231,7 +247,7 @@ def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
     assert len(rows_in(tmp_path / 'sweep')) == 16 + 9
 
     trained.clear()
-    (tmp_path / 'sweep/study.db').unlink()  # trials.csv and base.json are enough to go on from
+    (tmp_path / 'sweep/study.db').unlink()  # trials.csv and sweep.json are enough to go on from
     assert sweep_main(**keys, grad_clip=0.0)[0] == 0 and trained == []
 
 
@@ -239,13 +255,17 @@ def test_a_study_of_another_sweep_is_left_alone(sweep_main, tmp_path):
     keys = dict(learning_rate=[0.001, 0.01])
     assert sweep_main(**keys)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / 'sweep').iterdir() if path.suffix != '.db'}
-    for other in (dict(max_iters=9), dict(beta1=0.8), dict(init_std=[0.1, 0.2])):
+    for other, words in ((dict(max_iters=9), 'max_iters is 8 there and is 9 here'),
+                         (dict(beta1=0.8), 'beta1 is 0.9 there and is 0.8 here'),
+                         (dict(init_std=[0.1, 0.2]), 'init_std is 0.1 there and varies here'),
+                         (dict(eps=[1e-8, 1e-7]), 'eps is 1e-08 there and varies here'),  # a default is no less a fact
+                         (dict(search='tpe'), "search is 'points' there and is 'tpe' here")):
         error, _ = sweep_main(**{**keys, **other})
-        assert isinstance(error, UserError) and f"{next(iter(other))} is" in str(error) and 'another' in str(error)
+        assert isinstance(error, UserError) and words in str(error) and 'of another sweep' in str(error)
     (tmp_path / 'sweep/study.db').unlink()
     error, _ = sweep_main(**keys, max_iters=9)
-    assert isinstance(error, UserError) and "base.json' is of another" in str(error)
-    assert 'max_iters is 8 there and 9 here' in str(error)
+    assert isinstance(error, UserError) and "trials.csv' is of another" in str(error)
+    assert 'max_iters is 8 there and is 9 here' in str(error)
     assert before == {path: path.read_bytes() for path in (tmp_path / 'sweep').iterdir() if path.suffix != '.db'}
 
 
@@ -272,15 +292,13 @@ def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
     def pop():
         study = open_study(config)
         start.wait()
-        while trials := sweep.take(study, plan, config, 'cpu'):
-            taken.update(trial.number for trial in trials)
-            for trial in trials:
-                study.tell(trial, 1.0)
-    threads = [threading.Thread(target=pop) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        while trials_of(study, WAITING):
+            with contextlib.ExitStack() as beats:
+                sweep.take(study, plan, config, 'cpu', trials := [], beats)
+                taken.update(trial.number for trial in trials)
+                for trial in trials:
+                    study.tell(trial, 1.0)
+    in_threads(4, pop)
     assert len(taken) == 60 and set(taken.values()) == {1}
 
 
@@ -297,6 +315,45 @@ def test_the_same_point_queued_twice_runs_once(tiny, tmp_path):
     assert [trial.number for trial in trials_of(study, COMPLETE)] == [0, 1]
 
 
+def test_a_worker_that_died_before_its_first_heartbeat_is_noticed(sweep_main, tiny, tmp_path):
+    keys = dict(learning_rate=[0.001, 0.01], heartbeat_s=1)
+    config = SweepConfig(out_dir=str(tmp_path / 'sweep'))
+    (tmp_path / 'sweep').mkdir()
+    enqueue(open_study(config), Plan(config, {**tiny, 'learning_rate': [0.001, 0.01]}), config.out_dir)
+    assert open_study(config).ask().number == 0
+    code, out = sweep_main(**keys)
+    assert code == 0 and len(rows_in(tmp_path / 'sweep')) == 2
+
+
+def test_what_is_interrupted_is_run_at_once_by_the_next_start(sweep_main, tmp_path, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+    keys = dict(learning_rate=[0.001, 0.01], n_layer=[2, 4], stack=4)
+    monkeypatch.setattr(sweep, 'train_stack', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_main(**keys)
+    assert trials_of(open_study(SweepConfig(out_dir=str(tmp_path / 'sweep'))), RUNNING) == []
+    monkeypatch.setattr(sweep, 'train_stack', train_stack)
+    assert sweep_main(**keys)[0] == 0 and len(rows_in(tmp_path / 'sweep')) == 4
+
+
+def test_a_stack_that_fails_goes_one_by_one(sweep_main, tmp_path, monkeypatch, capfd):
+    def out_of_memory(configs):
+        raise RuntimeError('CUDA out of memory.')
+    monkeypatch.setattr(sweep, 'train_stack', out_of_memory)
+    assert sweep_main(learning_rate=[0.001, 0.01], stack=2)[0] == 0
+    assert {row['stack'] for row in rows_in(tmp_path / 'sweep')} == {None}
+
+
+def test_a_trials_csv_of_unknown_origin_is_refused(sweep_main, tmp_path):
+    keys = dict(learning_rate=[0.001, 0.01])
+    assert sweep_main(**keys)[0] == 0
+    (tmp_path / 'sweep/study.db').unlink()
+    (tmp_path / 'sweep/sweep.json').unlink()
+    error, _ = sweep_main(**keys)
+    assert isinstance(error, UserError) and 'no sweep.json' in str(error)
+
+
 def test_a_killed_worker_costs_nothing(tiny, tmp_path):
     """Three workers, one killed with SIGKILL in a run: every point is finished exactly once."""
     flags = [f'--{key}={value}' for key, value in {**tiny, 'max_iters': 60, 'batch_tokens': 512}.items()]
@@ -306,7 +363,7 @@ def test_a_killed_worker_costs_nothing(tiny, tmp_path):
          '--workers=3', '--heartbeat_s=1', f'--out_dir={out_dir}'], stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     config, deadline = SweepConfig(out_dir=str(out_dir)), time.time() + 90
-    while not (out_dir / 'study.db').exists() or 'base' not in open_study(config).user_attrs:
+    while not (out_dir / 'study.db').exists() or 'sweep' not in open_study(config).user_attrs:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.2)
     study = open_study(config)
@@ -356,18 +413,51 @@ def test_searches_run_the_trials_asked_for(sweep_main, tmp_path, search):
 
 
 def test_tune_writes_a_config_that_train_takes_larger(sweep_main, tmp_path, tiny):
-    code, out = sweep_main('--tune', trials=5)
+    code, out = sweep_main('--tune', trials=5, eval_interval=4)
     assert code == 0 and 'best.py' in out
+    searched = [key for key in sweep.TUNED if key != 'init_std']  # of which the command line says what it is
     best = tmp_path / 'sweep/best.py'
     rows = rows_in(tmp_path / 'sweep')
     row = min(rows, key=lambda row: row['val_loss'])
     assert len(rows) == 5 and len({row['attn_mult'] for row in rows}) == 5
     config = TrainConfig(**configure(TrainConfig, [str(best), f'--out_dir={tmp_path}/again']))
-    assert [getattr(config, key) for key in sweep.TUNED] == [row[key] for key in sweep.TUNED]
+    assert [getattr(config, key) for key in searched] == [row[key] for key in searched]
+    assert config.init_std == 0.1 and config.eval_interval == 4 and config.parameterization == 'completep'
     assert train(config)['val_loss'] == row['val_loss']
     larger = configure(TrainConfig, [str(best), '--n_layer=4', '--n_embd=64', f'--out_dir={tmp_path}/larger'])
     summary = train(TrainConfig(**larger))
     assert summary['config']['base_n_layer'] == 2 and summary['config']['n_layer'] == 4 and summary['val_loss'] < 5
+
+
+def test_nothing_is_best_if_all_diverge(sweep_main, tmp_path):
+    error, _ = sweep_main('--tune', trials=2, learning_rate=[1e29, 1e30], grad_clip=0.0)
+    assert isinstance(error, UserError) and 'all 2 points diverged' in str(error)
+    assert not (tmp_path / 'sweep/best.py').exists()
+
+
+def test_a_search_knows_its_model(sweep_main):
+    keys = dict(search='tpe', trials=2, learning_rate=[0.001, 0.1])
+    assert sweep_main(**keys)[0] == 0
+    for other, words in ((dict(n_layer=4), 'n_layer is 2 there and is 4 here'), (dict(seed=9), 'seed is 1337 there'),
+                         (dict(search='grid'), "search is 'tpe' there")):
+        error, _ = sweep_main(**{**keys, **other})
+        assert isinstance(error, UserError) and words in str(error)
+
+
+def test_a_search_in_which_all_fails_ends(sweep_main, monkeypatch):
+    def fail(config):
+        raise RuntimeError('no')
+    monkeypatch.setattr(sweep, 'train', fail)
+    error, _ = sweep_main(search='tpe', trials=3, learning_rate=[0.001, 0.1])
+    assert isinstance(error, UserError) and 'no run has finished: RuntimeError: no' in str(error)
+
+
+def test_two_workers_do_not_search_too_much(tiny, tmp_path):
+    config = SweepConfig(out_dir=str(tmp_path), search='tpe', trials=5)
+    overrides = {**tiny, 'learning_rate': [0.001, 0.1]}
+    enqueue(open_study(config), Plan(config, overrides), config.out_dir)
+    in_threads(4, lambda: sweep.work(config, overrides, 'cpu', 0))
+    assert len(trials_of(open_study(config), COMPLETE)) == 5
 
 
 # -----------------------------------------------------------------------------
@@ -383,14 +473,26 @@ def curve(at, losses_at=(0.0,), lowest=2.0, curvature=0.1, values=tuple(2.0**k f
 def test_optimum_is_the_parabolas_lowest_point():
     for at in (-7.0, -6.3, -5.51):
         found = optimum(curve(at))
-        assert found.at == pytest.approx(at) and found.edge == '' and found.best == 2.0**round(at)
+        assert found.at == pytest.approx(at) and found.mark == '' and found.best == 2.0**round(at)
         assert math.isnan(found.error)
     found = optimum(curve(-6.2, losses_at=(-0.3, 0.0, 0.3)))
     assert found.at == pytest.approx(-6.2) and found.error == pytest.approx(0.3 / math.sqrt(3))
-    assert optimum(curve(-3.0)).edge == '>' and optimum(curve(-11.0)).edge == '<'
+    assert optimum(curve(-3.0)).mark == '>' and optimum(curve(-11.0)).mark == '<'
     diverging = curve(-6.4)
     diverging[2.0**-5] = {0: math.inf}
-    assert optimum(diverging).at == -6.0  # no parabola through infinity: the value that was run
+    found = optimum(diverging)
+    assert found.at == -6.0 and found.mark == '~'  # no parabola through infinity: the value that was run
+    diverging = curve(-6.4, (0.0, 0.1))
+    diverging[2.0**-5][1] = math.inf
+    assert math.isnan(optimum(diverging).error)
+    uneven = curve(-6.0, (0.0, 0.0))
+    for value in list(uneven)[:3]:  # the second seed is worse, and has been run at low values only
+        uneven[value][1] += 0.05
+    for value in list(uneven)[3:]:
+        del uneven[value][1]
+    rows = [dict(lr=value, seed=seed, val_loss=loss) for value, losses in uneven.items()
+            for seed, loss in losses.items()]
+    assert optimum(curve_of(rows, 'lr', [])).at == pytest.approx(-6.0)
 
 
 def test_drift_and_regret_by_hand():
@@ -425,9 +527,19 @@ def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
     assert ' | 20.0 ± 0.0% |' in table[0]
     assert '| +0.00 ± 0.00 | 2.0015 | 0.0 ± 0.0% |' in table[1]
     assert '2^-3.32' in table[2]  # init_std 0.1
-    assert '6 diverged' in text and '12 seed' not in text and '2 seed(s)' in text
+    assert '6 diverged' in text and '2 seed(s)' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ['init_std.png', 'learning_rate.png', 'report.md',
-                                                                'shapes.png', 'trials.csv']
+                                                                'shapes.png']
+
+
+def test_report_without_an_axis_compares_shapes_only(tmp_path):
+    models = [dict(n_layer=n, n_embd=32, density=1.0, parameterization='sp') for n in (2, 4)]
+    rows = [dict(model, learning_rate=0.01, seed=1, trial=i, tokens=(512, 1024)[i], seconds=1.0, val_loss=3.0 - i)
+            for i, model in enumerate(models)]
+    text = Report('name', rows, models, ['learning_rate'], {}).write(tmp_path)
+    assert '| sp | 0.01: 3.0000 | 0.01: 2.0000 |\n' in text and 'octaves |' not in text
+    assert '512 to 1,024 training tokens' in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'shapes.png']
 
 
 def test_csv_gives_the_same_rows_back(tmp_path):
@@ -443,9 +555,7 @@ def test_csv_gives_the_same_rows_back(tmp_path):
 
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('sweep_*.py')))
 def test_configs_of_sweeps(name):
-    overrides = configure(SweepConfig, [str(ROOT / 'config' / name)], axes=TrainConfig)
-    own = {key: overrides.pop(key) for key in list(overrides) if key in SweepConfig.__dataclass_fields__}
-    assert Plan(SweepConfig(**own), overrides).points
+    assert Plan(*sweep.read_sweep([str(ROOT / 'config' / name)])).points
 
 
 def test_every_parameterization_can_join_a_study_later(tiny, tmp_path):
@@ -454,7 +564,7 @@ def test_every_parameterization_can_join_a_study_later(tiny, tmp_path):
         plan = Plan(config, {**tiny, 'parameterization': list(PARAMETERIZATIONS)[:count], 'n_layer': [4]})
         enqueue(open_study(config), plan, config.out_dir)
     assert len(trials_of(open_study(config))) == len({digest(one) for one in plan.configs})
-    assert json.loads(json.dumps(plan.base)) == open_study(config).user_attrs['base']
+    assert json.loads(json.dumps(plan.facts)) == open_study(config).user_attrs['sweep']
 
 
 def test_fit_of_stack_size_is_one_on_a_cpu(tiny):
