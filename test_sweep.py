@@ -240,6 +240,7 @@ def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
     trained.clear()
     assert sweep_main(**keys, grad_clip=0.0)[0] == 0 and trained == []
     assert rows_in(tmp_path / 'sweep') == rows
+    assert len(trials_of(open_study(SweepConfig(out_dir=str(tmp_path / 'sweep'))))) == 12
     assert sweep_main(**{**keys, 'learning_rate': [0.001, 0.03], 'seed': [1, 2]}, grad_clip=0.0)[0] == 0
     assert sorted((config.seed, config.learning_rate) for config in trained) == \
         3 * [(1, 0.03)] + 3 * [(2, 0.001)] + 3 * [(2, 0.03)]
