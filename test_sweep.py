@@ -20,26 +20,14 @@ import torch
 import stack
 import sweep
 from configurator import UserError, configure
-from dataset import ByteTokenizer
 from model import GPT, PARAMETERIZATIONS
 from stack import train_stack, why_not_stack
 from sweep import Plan, SweepConfig, digest, drawn, enqueue, open_study, trials_of
 from sweep_report import Report, compare, curve_of, optimum, read_csv, write_csv
 from train import TrainConfig, train
-from write_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parent
 COMPLETE, RUNNING, WAITING = (getattr(optuna.trial.TrialState, name) for name in ('COMPLETE', 'RUNNING', 'WAITING'))
-
-
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-    """A learnable byte dataset: three words in random order."""
-    words = np.random.default_rng(0).choice(['abc ', 'de ', 'fghij '], 12_000)
-    folder = tmp_path_factory.mktemp('data')
-    write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
-                  ByteTokenizer(), 'words')
-    return str(folder)
 
 
 @pytest.fixture

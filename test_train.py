@@ -9,7 +9,6 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,16 +23,6 @@ from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
 from write_dataset import parquet_documents, write_dataset
 
 ROOT = Path(__file__).resolve().parent
-
-
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-    """A learnable byte dataset: three words in random order."""
-    words = np.random.default_rng(0).choice(['abc ', 'de ', 'fghij '], 12_000)
-    folder = tmp_path_factory.mktemp('data')
-    write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
-                  ByteTokenizer(), 'words')
-    return str(folder)
 
 
 @pytest.fixture
