@@ -172,7 +172,11 @@ class Report:
 
     def __init__(self, name, rows, models, axes, base, fit=True):
         self.name, self.rows, self.models, self.axes, self.base, self.fit = name, rows, models, list(axes), base, fit
-        self.rules = list(dict.fromkeys(model['parameterization'] for model in models))
+        groups = {}  # parameterizations that came to the same runs throughout are shown as one
+        for rules in dict.fromkeys(model['parameterization'] for model in models):
+            runs = tuple(row['trial'] for row in rows if row['parameterization'] == rules)
+            groups.setdefault(runs or rules, []).append(rules)
+        self.rules = {' = '.join(group): group[0] for group in groups.values()}
         self.shape_keys = [key for key in models[0] if key != 'parameterization' and
                            len({model[key] for model in models}) > 1]
         self.seeds = sorted({row['seed'] for row in rows})
@@ -204,14 +208,14 @@ class Report:
     def table(self, axis):
         """Lines of Markdown: for each parameterization the optimum of every shape, drift, regret."""
         shapes = list(dict.fromkeys(self.shape(model) for model in self.models))
-        curves = {rules: self.curves(rules, axis) for rules in self.rules}
+        curves = {name: self.curves(rules, axis) for name, rules in self.rules.items()}
         heads = ['rules', *shapes]
         compared = len(shapes) > 1 and axis in self.varied
         if compared:
             heads += ['drift, octaves', "at the first's best", 'regret', 'each better than the one before']
         lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
-        for rules, of in curves.items():
-            cells = [rules] + [self.optimum_text(of[shape]) if shape in of else '' for shape in shapes]
+        for name, of in curves.items():
+            cells = [name] + [self.optimum_text(of[shape]) if shape in of else '' for shape in shapes]
             if compared and len(of) == len(shapes):
                 cells += self.comparison(list(of.values()))
             lines.append('| ' + ' | '.join(cells + [''] * (len(heads) - len(cells))) + ' |')
@@ -254,7 +258,7 @@ class Report:
         import matplotlib
         matplotlib.use('Agg')
         from matplotlib import pyplot
-        panels = {rules: self.curves(rules, axis) for rules in self.rules}
+        panels = {name: self.curves(rules, axis) for name, rules in self.rules.items()}
         values = sorted({row[axis] for row in self.rows})
         finite = [mean(losses) for of in panels.values() for curve in of.values() for losses in curve.values()
                   if mean(losses) < math.inf]
@@ -265,7 +269,7 @@ class Report:
         bottom, top = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
         figure, axes = pyplot.subplots(1, len(panels), figsize=(max(5.2, 3.7 * len(panels)), 4.2), sharey=True,
                                        squeeze=False, layout='constrained')
-        for panel, (rules, of) in zip(axes[0], panels.items()):
+        for panel, (title, of) in zip(axes[0], panels.items()):
             colors = pyplot.get_cmap('viridis')(np.linspace(0, 0.88, max(1, len(of))))
             for color, (shape, curve) in zip(colors, of.items()):
                 xs = [scale(value, values) for value in curve]
@@ -284,7 +288,6 @@ class Report:
                 if mean(best.losses) < math.inf:
                     panel.plot(scale(best.best, values), mean(best.losses), 'o', color=color, markersize=9,
                                markeredgecolor='black')
-            title = rules
             if len(of) > 1 and len(of) == len({self.shape(model) for model in self.models}) and self.fit:
                 drift, _, regret, _ = self.comparison(list(of.values()))
                 title += f'\ndrift {drift.split(" (")[0]}, regret {regret}'
@@ -313,12 +316,12 @@ class Report:
         axis = (self.varied or self.axes)[0]
         shapes = list(dict.fromkeys(self.shape(model) for model in self.models))
         figure, panel = pyplot.subplots(figsize=(6.4, 4.2), layout='constrained')
-        for color, rules in zip(pyplot.get_cmap('tab10').colors, self.rules):
+        for color, (name, rules) in zip(pyplot.get_cmap('tab10').colors, self.rules.items()):
             curves = self.curves(rules, axis)
             if shapes[0] not in curves:
                 continue
             base = optimum(curves[shapes[0]]).best
-            for label, style, value_of in ((rules, 'o-', lambda curve: base),
+            for label, style, value_of in ((name, 'o-', lambda curve: base),
                                            ('', ':', lambda curve: optimum(curve).best)):
                 points = [(shapes.index(shape), mean(curve[value_of(curve)])) for shape, curve in curves.items()
                           if value_of(curve) in curve]

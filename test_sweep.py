@@ -221,7 +221,7 @@ def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
         config = TrainConfig(**{**{key: value for key, value in trained[0].__dict__.items()},
                                 **{key: row[key] for key in ('n_layer', 'parameterization', 'learning_rate')}})
         assert train(config)['val_loss'] == row['val_loss']
-    assert '4 diverged' in out and '| sp |' in out
+    assert '4 diverged' in out and '| sp |' in out and '| completep |' in out
     assert out.split('# sweep')[1].strip() in (tmp_path / 'sweep/report.md').read_text()
     assert (tmp_path / 'sweep/learning_rate.png').read_bytes().startswith(b'\x89PNG')
 
@@ -529,6 +529,13 @@ def test_report_without_an_axis_compares_shapes_only(tmp_path):
     assert '| sp | 0.01: 3.0000 | 0.01: 2.0000 |\n' in text and 'octaves |' not in text
     assert '512 to 1,024 training tokens' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'shapes.png']
+
+
+def test_parameterizations_of_the_same_runs_are_one_row(sweep_main):
+    keys = dict(learning_rate=[0.001, 0.01], parameterization=['sp', 'mup', 'completep'])
+    assert '| sp = mup = completep | ' in sweep_main(**keys)[1]
+    out = sweep_main(**keys, n_layer=[2, 4])[1]
+    assert '| sp = mup | ' in out and '| completep | ' in out
 
 
 def test_csv_gives_the_same_rows_back(tmp_path):
