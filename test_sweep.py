@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,6 +344,7 @@ def test_a_trials_csv_of_unknown_origin_is_refused(sweep_main, tmp_path):
     assert isinstance(error, UserError) and 'no sweep.json' in str(error)
 
 
+@pytest.mark.skipif(not shutil.which('pgrep'), reason='finds the worker with pgrep')
 def test_a_killed_worker_costs_nothing(tiny, tmp_path):
     """Three workers, one killed with SIGKILL in a run: every point is finished exactly once."""
     flags = [f'--{key}={value}' for key, value in {**tiny, 'max_iters': 60, 'batch_tokens': 512}.items()]
