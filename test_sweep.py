@@ -553,7 +553,9 @@ def test_csv_gives_the_same_rows_back(tmp_path):
 
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('sweep_*.py')))
 def test_configs_of_sweeps(name):
-    assert Plan(*sweep.read_sweep([str(ROOT / 'config' / name)])).points
+    path = ROOT / 'config' / name
+    assert path.read_text().startswith('# ') and 'Hardware' in ''.join(path.read_text().splitlines()[1:3])
+    assert Plan(*sweep.read_sweep([str(path)])).points
 
 
 def test_every_parameterization_can_join_a_study_later(tiny, tmp_path):
