@@ -17,7 +17,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from dataset import Dataset
 from hardware import pick_device, pick_dtype
 from model import GPT, GPTConfig
-from train import MODEL_KEYS, build_model, lr_fraction, split_batch
+from train import MODEL_KEYS, build_model, duration, lr_fraction, split_batch
 
 DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2', 'eps', 'grad_clip', 'init_std',
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
@@ -100,9 +100,8 @@ def train_stack(configs):
     data = Dataset(c.dataset)
     models = [build_model(config, data, None).to(device) for config in configs]
     num_params = models[0].num_params()
-    steps = max(1, round(c.tokens_per_param * num_params / c.batch_tokens)) if c.tokens_per_param else c.max_iters
-    decays = [1 / (config.tau_ema * config.learning_rate * steps) if config.tau_ema else config.weight_decay
-              for config in configs]
+    steps, _ = duration(c, num_params)
+    decays = [duration(config, num_params)[1] for config in configs]
 
     params, buffers = stack_module_state(models)  # each (K, ...)
     for name, stacked in params.items():

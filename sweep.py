@@ -41,7 +41,7 @@ from hardware import pick_device
 from model import GPT, PARAMETERIZATIONS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
 from sweep_report import Report, read_csv, write_csv
-from train import MODEL_KEYS, TrainConfig, open_dataset, split_batch, train
+from train import MODEL_KEYS, TrainConfig, duration, open_dataset, split_batch, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
     'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
@@ -91,6 +91,7 @@ KEPT = ('bits_per_byte', 'last_train_loss', 'diverged_at', 'tokens', 'params', '
 # -----------------------------------------------------------------------------
 # The points: dicts of the keys in which trials differ
 
+TYPES = {key: type(value) for key, value in asdict(TrainConfig()).items()}
 MODEL_AXES = ('n_layer', 'n_embd', 'density', 'parameterization')
 ELSEWHERE = ('device', 'compile')  # may differ between the workers of a study
 ALONE = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=0, sample_tokens=0, wandb_log=False)
@@ -139,8 +140,9 @@ def digest(config):
 class Plan:
     """What a sweep is to run.
 
-    models: dicts, a line in the plots each; axes: {key: values}; points: dicts of model, axes and seed; configs: the
-    TrainConfig of each point; facts: what all trials share and in which keys they differ, as a study keeps it.
+    models: dicts, a line in the plots each; axes: {key: values}; points: dicts of model, axes and seed; configs and
+    runs: the TrainConfig of each point and its digest; facts: what all trials share and in which keys they differ, as a
+    study keeps it.
     """
 
     def __init__(self, config, overrides):
@@ -178,6 +180,7 @@ class Plan:
                           base={key: value for key, value in shared.items() if key not in (*differ, *NOT_SWEPT)})
         self.elsewhere = {key: values[key][0] for key in ELSEWHERE if key in values}
         self.configs = [self.train_config(point) for point in self.points]
+        self.runs = [digest(config) for config in self.configs]
         self.digests = {}  # by number of the trial
 
     @staticmethod
@@ -186,8 +189,7 @@ class Plan:
         if not all(isinstance(shape, dict) and shape and shape.keys() == shapes[0].keys() for shape in shapes):
             raise UserError(f'shapes={shapes} is not allowed: use a list of dicts of the same keys, '
                             '[dict(n_layer=2), dict(n_layer=4)]')
-        types = {key: type(value) for key, value in asdict(TrainConfig()).items()}
-        shapes = [{key: check(key, value, types, 'shapes') for key, value in shape.items()} for shape in shapes] or [{}]
+        shapes = [{key: check(key, value, TYPES, 'shapes') for key, value in shape.items()} for shape in shapes] or [{}]
         clash = [key for key in shapes[0] if key in ('seed', 'learning_rate', *NOT_SWEPT)
                  or isinstance(overrides.get(key), list)]
         if clash:
@@ -219,8 +221,8 @@ def cost(config, data):
     """FLOPs of one run: what the progress bar counts."""
     with torch.device('meta'):
         model = GPT(gpt_config(config, data.vocab_size))
-    tokens = config.tokens_per_param * model.num_params() or config.max_iters * config.batch_tokens
-    return model.flops_per_token() * (tokens + config.eval_tokens / 3)
+    steps, _ = duration(config, model.num_params())
+    return model.flops_per_token() * (steps * config.batch_tokens + config.eval_tokens / 3)
 
 
 # -----------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def open_study(config):
     """Optuna's study, a new one if there is none. Raises UserError if the storage cannot be used."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings('ignore', 'Heartbeat of storage')  # run_trials() records it
+    warnings.filterwarnings('ignore', 'Heartbeat of storage')  # take() records it
     url = config.storage or f"sqlite:///{Path(config.out_dir, 'study.db').resolve()}"
     try:
         if url.startswith('grpc://'):
@@ -287,8 +289,7 @@ def enqueue(study, plan, out_dir):
     Raises UserError for a study, or a trials.csv, of another sweep.
     """
     path, known = Path(out_dir, 'sweep.json'), study.user_attrs.get('sweep')
-    types = {key: type(value) for key, value in asdict(TrainConfig()).items()}
-    rows = [] if known else read_csv(Path(out_dir, 'trials.csv'), types)
+    rows = [] if known else read_csv(Path(out_dir, 'trials.csv'), TYPES)
     whose = f"study '{study.study_name}'"
     if rows:
         whose = f"'{Path(out_dir, 'trials.csv')}'"
@@ -365,11 +366,12 @@ def take(study, plan, config, device, trials, beats):
             study.tell(trials.pop(), state=TrialState.PRUNED)
             continue
         try:
-            first = replace(plan.train_config(plan.point_of(trials[0])), device=device)
+            newest = replace(plan.train_config(plan.point_of(trial)), device=device)
         except UserError as error:  # a sampler does not know which values go together
             tell(study, trials.pop(), dict(error=str(error)), state=TrialState.FAIL)
             continue
-        wanted = config.stack or stack_size(first)
+        if len(trials) == 1:
+            wanted = config.stack or stack_size(newest)
 
 
 def sampled_so_far(study, before=math.inf):
@@ -512,9 +514,8 @@ def rows_of(study, plan):
     if plan.sampled:
         return [row(plan.point_of(trial), trial) for trial in finished], []
     by_run = {plan.run_of(trial): trial for trial in reversed(finished)}
-    runs = [digest(config) for config in plan.configs]
-    return ([row(point, by_run[run]) for point, run in zip(plan.points, runs) if run in by_run],
-            [row(plan.point_of(trial), trial) for trial in finished if plan.run_of(trial) not in runs])
+    return ([row(point, by_run[run]) for point, run in zip(plan.points, plan.runs) if run in by_run],
+            [row(plan.point_of(trial), trial) for trial in finished if plan.run_of(trial) not in plan.runs])
 
 
 def write_best(path, plan, rows, overrides):
@@ -574,7 +575,7 @@ def main():
     study = open_study(config)
     enqueue(study, plan, out_dir)
     (out_dir / 'sweep.json').write_text(json.dumps(plan.facts, indent=1))
-    costs = {digest(one): cost(one, data) for one in plan.configs}
+    costs = {run: cost(one, data) for run, one in dict(zip(plan.runs, plan.configs)).items()}
     if plan.sampled:
         print(f'{config.trials} runs, {max(0, config.trials - sampled_so_far(study))} to do')
     else:

@@ -132,6 +132,15 @@ def lr_fraction(config, step, steps):
     return floor + (1 - floor) * left[config.schedule]
 
 
+def duration(config, num_params):
+    """(optimizer steps, weight decay) of a run: those given, or those that follow from the size of the model."""
+    c = config
+    steps = c.max_iters
+    if c.tokens_per_param:
+        steps = max(1, round(c.tokens_per_param * num_params / c.batch_tokens))
+    return steps, 1 / (c.tau_ema * c.learning_rate * steps) if c.tau_ema else c.weight_decay
+
+
 def split_batch(config, world_size):
     """(sequences per step, sequences per step and device, micro-batches). Raises UserError for what does not divide."""
     c = config
@@ -249,10 +258,7 @@ def train(config):
                         'another --out_dir, or --overwrite=True to lose them')
     model = build_model(c, data, saved).to(device)
     c = replace(c, **asdict(model.config))  # what was 0 for "the dataset's" or came with GPT-2 is known now
-    steps = c.max_iters
-    if c.tokens_per_param:
-        steps = max(1, round(c.tokens_per_param * model.num_params() / c.batch_tokens))
-    weight_decay = 1 / (c.tau_ema * c.learning_rate * steps) if c.tau_ema else c.weight_decay
+    steps, weight_decay = duration(c, model.num_params())
     optimizer = model.configure_optimizers(weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
     first_step, best_val_loss = 0, math.inf
     if saved:
