@@ -1,0 +1,10 @@
+# Learning rate against batch size, the steps fixed: python sweep.py config/sweep_batch.py, and the same with
+# --n_embd=128 --out_dir=out/sweep_batch_128 for a second width (Tensor Programs V, arXiv:2203.03466)
+# Hardware: any CPU. Time: not measured yet.
+from sweep_base import *
+
+out_dir = 'out/sweep_batch'
+parameterization = 'mup'
+shapes = [dict(batch_tokens=tokens) for tokens in (1024, 2048, 4096, 8192)]
+learning_rate = [2.0**k for k in range(-9, -3)]
+seed = 1

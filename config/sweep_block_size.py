@@ -1,0 +1,11 @@
+# Learning rate against sequence length, tokens a step fixed: python sweep.py config/sweep_block_size.py, and the
+# same with
+# --n_embd=128 --out_dir=out/sweep_block_size_128 for a second width (Tensor Programs V, arXiv:2203.03466)
+# Hardware: any CPU. Time: not measured yet.
+from sweep_base import *
+
+out_dir = 'out/sweep_block_size'
+parameterization = 'mup'
+shapes = [dict(block_size=size) for size in (16, 32, 64, 128, 256)]
+learning_rate = [2.0**k for k in range(-9, -3)]
+seed = 1
