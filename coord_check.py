@@ -140,7 +140,7 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
             if step == 1:
                 for key, call in inputs.items():
                     block = model.get_submodule(key[1])
-                    after = {name: p.detach() for name, p in block.named_parameters()}
+                    after = {name: p.detach() for name, p in block.named_parameters() if p.is_floating_point()}
                     before = {name: start[f'{key[1]}.{name}'] for name in after}
                     values['distance', *key, step] = distance_from_linearization(block, before, after, *call)
         if step < steps:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from attention import causal_attention
@@ -176,11 +177,11 @@ class GPTConfig:
 
 
 class SparseLinear(nn.Linear):
-    """Linear layer with a static random mask, a buffer, so that every checkpoint and every rank has the same one."""
+    """Linear layer with a static random mask, a frozen parameter: it is saved and sharded as its weight is."""
 
     def __init__(self, in_features, out_features, bias):
         super().__init__(in_features, out_features, bias=bias)
-        self.register_buffer('mask', torch.ones(out_features, in_features, dtype=torch.bool))
+        self.mask = nn.Parameter(torch.ones(out_features, in_features, dtype=torch.bool), requires_grad=False)
 
     def forward(self, x):
         # the weight is zero wherever the mask is; the product keeps its gradient, so its AdamW step, zero there too
@@ -239,6 +240,13 @@ class Block(nn.Module):
         return x
 
 
+def fill(tensor, values):
+    """Copies `values` into a tensor; into one that is sharded over processes, the part of each."""
+    if isinstance(tensor, DTensor):  # every process has drawn the same values: none are sent
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
 class GPT(nn.Module):
 
     def __init__(self, config, generator=None):
@@ -266,20 +274,24 @@ class GPT(nn.Module):
         if self.config.tie_weights:  # here, because to_empty() unties
             self.lm_head.weight = self.transformer.wte.weight
         rules = self.config.rules
-        for name, p in self.named_parameters():
+        for name, p in self.weights():
             role = role_of(name)
             if p.is_meta:
                 continue
             if p.dim() == 1:  # norms start as the identity, biases at zero
                 p.fill_(1.0 if role.endswith('norm') and name.endswith('weight') else 0.0)
-            else:  # drawn on the CPU: the same values on every device
+            else:  # drawn whole and on the CPU: the same values on every device and every number of them
                 std = self.config.init_std * rules[role].init_std
-                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+                fill(p, torch.empty(p.shape).normal_(0.0, std, generator=generator))
         mask_generator = torch.Generator().manual_seed(self.config.mask_seed)
         for module in self.modules():
             if isinstance(module, SparseLinear) and not module.mask.is_meta:
-                module.mask.copy_(torch.rand(module.mask.shape, generator=mask_generator) < self.config.density)
+                fill(module.mask, torch.rand(module.mask.shape, generator=mask_generator) < self.config.density)
                 module.weight.mul_(module.mask)
+
+    def weights(self):
+        """(name, parameter) of all that is trained; the masks are parameters, too."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def features(self, idx):
         """Output of the final norm (B, T, C) for token ids (B, T). Raises ValueError if T > block_size."""
@@ -313,7 +325,7 @@ class GPT(nn.Module):
         schedules, which must multiply each group's lr instead of setting it.
         """
         groups, rules = {}, self.config.rules
-        for name, p in self.named_parameters():
+        for name, p in self.weights():
             role = role_of(name)
             rule = rules[role]
             group = groups.setdefault(role, dict(
@@ -324,8 +336,8 @@ class GPT(nn.Module):
                                  fused=device_type in ('cuda', 'cpu'))
 
     def num_params(self):
-        """Number of parameters, embeddings and masked weights included."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of trained parameters, embeddings and masked weights included."""
+        return sum(p.numel() for _, p in self.weights())
 
     def flops_per_token(self):
         """FLOPs of one training token, forward and backward: 6 per weight in a product, plus attention

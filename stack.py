@@ -103,7 +103,8 @@ def train_stack(configs):
     steps, _ = duration(c, num_params)
     decays = [duration(config, num_params)[1] for config in configs]
 
-    params, buffers = stack_module_state(models)  # each (K, ...)
+    params, _ = stack_module_state(models)  # each (K, ...)
+    masks = {name: params.pop(name) for name in list(params) if not params[name].requires_grad}
     for name, stacked in params.items():
         stacked.grad = torch.zeros_like(stacked)
         for k, model in enumerate(models):
@@ -126,7 +127,7 @@ def train_stack(configs):
         inputs, targets = (torch.stack(tensors) for tensors in zip(*batches))  # (K, B, T)
         with autocast:
             return vmap(lambda state, x, y: functional_call(shape, state, (x, y))[1])(
-                {**folded(params, models), **buffers}, inputs, targets)
+                {**folded(params, models), **masks}, inputs, targets)
 
     loss, diverged_at, started = torch.full((K,), math.nan), [None] * K, time.perf_counter()
     for step in range(steps):

@@ -136,11 +136,11 @@ def test_attention_scale_is_relative_to_the_base():
 @pytest.mark.parametrize('tie_weights', [False, True])
 def test_every_parameter_has_one_role_and_every_role_parameters(tie_weights):
     model = make(tie_weights=tie_weights)
-    roles = {role_of(name) for name, _ in model.named_parameters()}
+    roles = {role_of(name) for name, _ in model.weights()}
     assert roles == set(ROLES) - ({'unembedding'} if tie_weights else set())
     groups = make_optimizer(model).param_groups
     grouped = [id(p) for group in groups for p in group['params']]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())  # complete, and no tensor twice
+    assert sorted(grouped) == sorted(id(p) for _, p in model.weights())  # complete, and no tensor twice
     assert len({group['role'] for group in groups}) == len(groups)
 
 
@@ -190,7 +190,7 @@ def test_parameterizations_differ_away_from_the_base():
 def test_measured_init_std(name):
     model = make(n_layer=4, n_embd=128, vocab_size=256, block_size=64, density=0.25, parameterization=name)
     rules = model.config.rules
-    for key, p in model.named_parameters():
+    for key, p in model.weights():
         role = role_of(key)
         if p.dim() == 2:
             values = p[p != 0]  # what is not masked
@@ -245,7 +245,7 @@ def gradient_rms(**shape):
     for seed in range(3):
         model = make(seed=seed, vocab_size=256, block_size=64, **shape)
         model(*batch(model.config, B=8, seed=seed))[1].backward()
-        for name, p in model.named_parameters():
+        for name, p in model.weights():
             if not (name.endswith('c_attn.bias')):  # a key's bias has no gradient: softmax does not see it
                 total.setdefault(role_of(name), []).append(p.grad.square().mean())
     return {role: torch.stack(values).mean().sqrt().item() for role, values in total.items()}
