@@ -106,7 +106,7 @@ def prompt_ids(tokenizer, text=''):
 
 
 class Dataset:
-    """The token ids of one folder, memory-mapped, and batches of them."""
+    """The token ids of one folder, and batches of them."""
 
     def __init__(self, name):
         """Opens data/NAME or a folder given by its whole path. Raises UserError with what is wrong with it."""
@@ -120,21 +120,24 @@ class Dataset:
         except (OSError, ValueError) as error:
             raise UserError(f"'{self.folder}/meta.json' cannot be read ({error}): {again}") from None
         try:
-            dtype = np.dtype({'uint16': np.uint16, 'uint32': np.uint32}[self.meta['dtype']])
+            self.dtype = np.dtype({'uint16': np.uint16, 'uint32': np.uint32}[self.meta['dtype']])
             self.vocab_size, self.real_vocab_size = int(self.meta['vocab_size']), int(self.meta['real_vocab_size'])
             self.bytes_per_token = float(self.meta['bytes_per_token'])
             self.tokenizer_name = str(self.meta['tokenizer'])
-            sizes = {split: int(self.meta[f'{split}_tokens']) for split in ('train', 'val')}
+            self.num_tokens = {split: int(self.meta[f'{split}_tokens']) for split in ('train', 'val')}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"'{self.folder}/meta.json' has no usable {error}: {again}") from None
-        self.ids = {}
-        for split, num_tokens in sizes.items():
+        self.files = {}
+        for split, num_tokens in self.num_tokens.items():
             path = self.folder / f'{split}.bin'
-            found = path.stat().st_size if path.exists() else None
-            if found != num_tokens * dtype.itemsize or num_tokens < 1:
+            found = path.stat().st_size if path.is_file() else None
+            if found != num_tokens * self.dtype.itemsize or num_tokens < 1:
                 raise UserError(f"'{path}' {'is missing' if found is None else f'has {found:,} bytes'}, meta.json says "
-                                f'{num_tokens * dtype.itemsize:,}: {again}')
-            self.ids[split] = np.memmap(path, dtype=dtype, mode='r')
+                                f'{num_tokens * self.dtype.itemsize:,}: {again}')
+            try:
+                self.files[split] = open(path, 'rb', buffering=0)  # closed with the dataset
+            except OSError as error:
+                raise UserError(f"'{path}' cannot be read: {error}") from None
 
     def tokenizer(self):
         return get_tokenizer(self.tokenizer_name, self.meta.get('chars'))
@@ -152,15 +155,28 @@ class Dataset:
 
     def last_start(self, split, block_size):
         """Last position at which block_size inputs and their targets fit. Raises UserError if there is none."""
-        last = len(self.ids[split]) - block_size - 1
+        last = self.num_tokens[split] - block_size - 1
         if last < 0:
-            raise UserError(f"'{self.folder}/{split}.bin' has {len(self.ids[split]):,} tokens, too few for "
+            raise UserError(f"'{self.folder}/{split}.bin' has {self.num_tokens[split]:,} tokens, too few for "
                             f'block_size={block_size}: use a smaller block_size or more data')
         return last
 
+    def read(self, split, start, num_tokens):
+        """`num_tokens` ids from `start` on. Raises UserError; a memory map would kill the process instead."""
+        ids, file = np.empty(num_tokens, self.dtype), self.files[split]
+        try:
+            file.seek(int(start) * self.dtype.itemsize)
+            missing = ids.nbytes - file.readinto(ids)
+        except OSError as error:
+            raise UserError(f"'{file.name}' cannot be read any more ({error}): go on with --init_from=resume when it "
+                            'can') from None
+        if missing:
+            raise UserError(f"'{file.name}' has become shorter: restore it, then go on with --init_from=resume")
+        return ids
+
     def batch(self, split, starts, block_size, device):
         """Inputs and targets, (B, T) int64 each. Raises UserError for an id outside the vocabulary."""
-        ids = np.stack([self.ids[split][start:start + block_size + 1] for start in starts]).astype(np.int64)
+        ids = np.stack([self.read(split, start, block_size + 1) for start in starts]).astype(np.int64)
         if ids.max() >= self.real_vocab_size:
             raise UserError(f"'{self.folder}/{split}.bin' holds id {ids.max()}, outside its vocabulary of "
                             f'{self.real_vocab_size}: prepare it again')

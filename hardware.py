@@ -1,12 +1,10 @@
 """
-What this machine can do: device, dtype, whether torch.compile works, peak FLOP/s; and joining a group of processes.
+What this machine can do: device, dtype, whether torch.compile works, peak FLOP/s.
 """
-import os
 import re
 from functools import cache
 
 import torch
-import torch.distributed as dist
 
 from configurator import UserError, first_line
 
@@ -75,18 +73,3 @@ def peak_flops(device, dtype):
     if 'Laptop' in name:
         return None
     return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf'\b{words}\b', name)), None)
-
-
-def join_processes(device):
-    """Under torchrun: joins the process group and returns the device for this process. Raises UserError."""
-    if 'RANK' not in os.environ:
-        return device
-    if device not in ('auto', 'cuda', 'cpu'):
-        raise UserError(f"device='{device}' is not for several processes: use auto, cuda or cpu")
-    if device == 'cpu' or not torch.cuda.is_available():
-        dist.init_process_group('gloo')
-        return device
-    device = f"cuda:{os.environ['LOCAL_RANK']}"
-    torch.cuda.set_device(device)
-    dist.init_process_group('nccl', device_id=torch.device(device))
-    return device

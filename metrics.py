@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,21 +50,33 @@ def read(out_dir):
 class Metrics:
     """The rows of a run from `first_step` to `steps`; earlier rows in metrics.csv stay, later ones come again."""
 
-    def __init__(self, out_dir, first_step, steps):
-        self.steps = steps
-        path = Path(out_dir) / 'metrics.csv'
+    def __init__(self, out_dir, first_step, steps, config):
+        """Writes config.json, too. Raises UserError."""
+        self.steps, self.out_dir = steps, Path(out_dir)
+        path = self.out_dir / 'metrics.csv'
         kept = [row for row in read(out_dir) if int(row['step']) < first_step]
         temporary = Path(f'{path}.tmp')
-        with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, FIELDS, restval='', extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(temporary, path)
-        self.file = open(path, 'a', newline='')
+        with self.writing():
+            (self.out_dir / 'config.json').write_text(json.dumps(config, indent=1))
+            with open(temporary, 'w', newline='') as file:
+                writer = csv.DictWriter(file, FIELDS, restval='', extrasaction='ignore')
+                writer.writeheader()
+                writer.writerows(kept)
+            os.replace(temporary, path)
+            self.file = open(path, 'a', newline='')
         self.writer = csv.DictWriter(self.file, FIELDS, restval='')
         self.wandb = None
         self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
                         disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
+
+    @contextmanager
+    def writing(self):
+        """Turns what can go wrong with a disk into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"out_dir='{self.out_dir}' cannot be written ({error}): the checkpoints in it are as they "
+                            'were; make room, then go on with --init_from=resume') from None
 
     def start_wandb(self, project, name, config):
         """Raises UserError if wandb is not installed."""
@@ -75,8 +88,10 @@ class Metrics:
 
     def write(self, row, note=''):
         """Adds a row, a dict of FIELDS; on a terminal the losses show in the bar, elsewhere in a line."""
-        self.writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()})
-        self.file.flush()
+        with self.writing():
+            self.writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value
+                                  for key, value in row.items()})
+            self.file.flush()
         if self.wandb:
             self.wandb.log(row, step=row['step'])
         self.bar.update(row['step'] - self.bar.n)
@@ -99,11 +114,11 @@ class Metrics:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
-        out_dir = Path(self.file.name).parent
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in summary.items()}  # JSON has neither infinity nor nan
-        (out_dir / 'summary.json').write_text(json.dumps(finite, indent=1))
-        return plot(out_dir, title)
+        with self.writing():
+            (self.out_dir / 'summary.json').write_text(json.dumps(finite, indent=1))
+            return plot(self.out_dir, title)
 
 
 def plot(out_dir, title):

@@ -16,7 +16,7 @@ import checkpoint
 from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
 from dataset import get_tokenizer, prompt_ids
 from hardware import pick_device, pick_dtype
-from model import GPT, GPTConfig
+from model import GPT
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
@@ -54,10 +54,7 @@ def load(config):
     """(model, tokenizer) on the CPU. Raises UserError."""
     if config.init_from in GPT2_NAMES:
         return load_gpt2(config.init_from), get_tokenizer('gpt2')
-    _, state = checkpoint.load(config.out_dir)
-    with torch.device('meta'):
-        model = GPT(GPTConfig(**state['model_config']))
-    model.load_state_dict(state['model'], assign=True)
+    model, state = checkpoint.load_model(config.out_dir)
     return model, get_tokenizer(state['meta']['tokenizer'], state['meta'].get('chars'))
 
 

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import checkpoint
 import dataset
 import hardware
+import parallel
 import train as train_module
 from configurator import UserError, configure, exit_on_user_error
 from dataset import ByteTokenizer, CharTokenizer, Dataset, get_tokenizer
@@ -34,7 +37,33 @@ def tiny(tmp_path, data_dir):
 
 
 def state_of(out_dir):
-    return checkpoint.load(out_dir)[1]
+    """All that the newest checkpoint holds; the optimizer's moments by name."""
+    path, state = checkpoint.newest(out_dir)
+    held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in held.items()}
+    checkpoint.read(path, tensors)
+    return {**state, **{key: {name.removeprefix(f'{key}.'): value for name, value in tensors.items()
+                              if name.startswith(f'{key}.')} for key in ('model', 'optimizer')}}
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The optimizers that were made, in their order."""
+    made, configure_optimizers = [], GPT.configure_optimizers
+
+    def remember(*args):
+        made.append(configure_optimizers(*args))
+        return made[-1]
+    monkeypatch.setattr(GPT, 'configure_optimizers', remember)
+    return made
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+
+
+def names(paths):
+    return [path.name for path in paths]
 
 
 def rows_of(out_dir):
@@ -76,8 +105,9 @@ def test_a_run_learns_and_writes_what_it_says(tiny, capsys):
     assert summary['val_loss'] < 1.5 < 5 < float(rows_of(tiny.out_dir)[0]['loss'])
     assert summary['bits_per_byte'] == pytest.approx(summary['val_loss'] / math.log(2))
     assert summary['diverged_at'] is None and summary['steps'] == 60 and summary['tokens'] == 60 * 128
-    assert sorted(path.name for path in Path(tiny.out_dir).iterdir()) == [
-        'ckpt_000000030.pt', 'ckpt_000000060.pt', 'config.json', 'loss.png', 'metrics.csv', 'summary.json']
+    assert sorted(names(Path(tiny.out_dir).iterdir())) == [
+        '.lock', 'ckpt_000000030', 'ckpt_000000060', 'config.json', 'loss.png', 'metrics.csv', 'model.safetensors',
+        'summary.json']
     assert json.loads(Path(tiny.out_dir, 'summary.json').read_text()) == summary
     assert [row['step'] for row in rows_of(tiny.out_dir)] == [str(step) for step in range(61)]
     assert [row['step'] for row in rows_of(tiny.out_dir) if row['val_loss']] == ['0', '30', '60']
@@ -90,7 +120,7 @@ def test_a_run_learns_and_writes_what_it_says(tiny, capsys):
 def test_eval_interval_0_validates_at_the_end_only(tiny):
     train(replace(tiny, eval_interval=0))
     assert [row['step'] for row in rows_of(tiny.out_dir) if row['val_loss']] == ['8']
-    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000008.pt']
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000008']
 
 
 def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
@@ -193,13 +223,13 @@ def test_first_step_is_the_reference_step(tiny, tmp_path):
         torch.testing.assert_close(after[name], expected.detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_duration_and_decay_are_derived(tiny):
+def test_duration_and_decay_are_derived(tiny, optimizers):
     config = replace(tiny, tokens_per_param=0.05, tau_ema=0.5, eval_interval=100)
     summary = train(config)
     params = 2 * 256 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32
     assert summary['params'] == params and summary['steps'] == round(0.05 * params / 128)
     assert summary['weight_decay'] == pytest.approx(1 / (0.5 * 1e-2 * summary['steps']))
-    groups = {group['role']: group for group in state_of(config.out_dir)['optimizer']['param_groups']}
+    groups = {group['role']: group for group in optimizers[0].param_groups}
     assert groups['embedding']['weight_decay'] == pytest.approx(summary['weight_decay'])
     assert groups['hidden_weight']['weight_decay'] == pytest.approx(2 * summary['weight_decay'])  # m_N = 2
     # the paper's anchor: tau .1407, lr 2^-8, 1144 steps
@@ -218,9 +248,9 @@ def test_schedules():
     assert curve(warmup_frac=1.0)[-1] == 1 and min(curve(warmup_frac=1.0)) > 0
 
 
-def test_schedule_multiplies_each_groups_own_lr(tiny):
+def test_schedule_multiplies_each_groups_own_lr(tiny, optimizers):
     train(replace(tiny, max_iters=5, eval_interval=100))
-    groups = state_of(tiny.out_dir)['optimizer']['param_groups']
+    groups = optimizers[0].param_groups
     last = lr_fraction(tiny, 4, 5)
     for group in groups:
         assert group['lr'] == pytest.approx(1e-2 * group['lr_scale'] * last)
@@ -270,16 +300,17 @@ def test_divergence_stops_before_the_step(tiny, monkeypatch, where):
 
 
 def test_weights_that_broke_are_never_saved(tiny, monkeypatch):
-    forward = GPT.forward
+    forward, calls = GPT.forward, []
 
     def nan_when_validating(self, idx, targets=None):
         logits, loss = forward(self, idx, targets)
-        late = Path(tiny.out_dir, 'ckpt_000000004.pt').exists()
+        calls.append(self.training)
+        late = sum(calls) == 16  # two micro-batches a step
         return logits, loss * math.nan if late and not self.training else loss
     monkeypatch.setattr(GPT, 'forward', nan_when_validating)
     summary = train(tiny)
     assert summary['diverged_at'] == 8 and summary['best_val_loss'] < 6
-    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000004.pt']
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000004']
 
 
 def test_divergence_exits_with_3_and_says_what_to_try(tiny):
@@ -288,40 +319,89 @@ def test_divergence_exits_with_3_and_says_what_to_try(tiny):
     assert 'was not taken: loss' in result.stdout and 'Try a lower learning_rate' in result.stdout
 
 
-def test_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tiny, capsys):
+def damaged(path, how):
+    """Damages one file of a checkpoint; returns its name."""
+    shard = next(path.glob('*.safetensors'))
+    if how == 'truncated':
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif how == 'a bit of a weight':
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 4
+        shard.write_bytes(content)
+    elif how == 'a digit of the state':
+        shard = path / 'state.json'
+        shard.write_text(shard.read_text().replace('0.01', '0.11', 1))
+    elif how == 'no checksums':
+        (path / 'checksums.json').unlink()
+    elif how == 'a file too many':
+        shutil.copy(shard, path / 'shard-00002-model-00001-of-00001.safetensors')
+    return shard.name
+
+
+@pytest.mark.parametrize('how', ['truncated', 'a bit of a weight', 'a digit of the state', 'no checksums',
+                                 'a file too many'])
+def test_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tiny, capsys, how):
     train(replace(tiny, max_iters=8, eval_interval=2))
     newest, before = checkpoint.find(tiny.out_dir)
-    assert (newest.name, before.name) == ('ckpt_000000008.pt', 'ckpt_000000006.pt')
-    os.truncate(newest, newest.stat().st_size // 2)
+    assert (newest.name, before.name) == ('ckpt_000000008', 'ckpt_000000006')
+    name = damaged(newest, how)
     train(replace(tiny, eval_interval=2, init_from='resume'))
     captured = capsys.readouterr()
-    assert 'ckpt_000000008.pt cannot be read' in captured.err and 'ckpt_000000006.pt at step 6' in captured.out
-    assert state_of(tiny.out_dir)['step'] == 8
+    assert 'ckpt_000000008 is damaged' in captured.err and 'ckpt_000000006 at step 6' in captured.out
+    assert name in captured.err or how in ('no checksums', 'a file too many')
+    assert state_of(tiny.out_dir)['step'] == 8 and names(checkpoint.find(tiny.out_dir)) == [newest.name, before.name]
     for path in checkpoint.find(tiny.out_dir):
-        path.write_bytes(b'')
-    with pytest.raises(UserError, match='none of the 2 checkpoints in .* can be read: give the --out_dir of a run'):
+        damaged(path, how)
+    with pytest.raises(UserError, match='none of the 2 checkpoints in .* can be used: give the --out_dir of a run'):
         train(replace(tiny, init_from='resume'))
 
 
-def test_checkpoints_hold_no_code(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'attacked'),)
-    torch.save({'step': Attack()}, tmp_path / 'ckpt_000000001.pt')
-    with pytest.raises(UserError, match='none of the 1 checkpoints in .* can be read'):
-        checkpoint.load(tmp_path)
-    assert not (tmp_path / 'attacked').exists()
+def test_a_half_written_checkpoint_is_none_and_is_cleaned_up(tiny):
+    train(replace(tiny, max_iters=4))
+    half = Path(tiny.out_dir, 'ckpt_000000008.tmp')
+    shutil.copytree(checkpoint.find(tiny.out_dir)[0], half)
+    train(replace(tiny, init_from='resume', max_iters=6))
+    assert not half.exists() and names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000006', 'ckpt_000000004']
 
 
-def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, dict(step=1))
+class Attack:
+    """A pickle of it, when loaded, makes a folder."""
 
-    def breaks(file):
-        file.write(b'half')
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_checkpoints_hold_no_code(tiny, tmp_path):
+    """Even one whose checksums are right: whoever plants code can do sums."""
+    train(tiny)
+    marker = tmp_path / 'attacked'
+    pickle.loads(pickle.dumps(Attack(marker)))
+    assert marker.exists() and not marker.rmdir()  # the attack works where pickles are read
+    for path in checkpoint.find(tiny.out_dir):
+        shard = next(path.glob('*.safetensors'))
+        torch.save({'model': Attack(marker)}, shard)
+        (path / '.metadata').write_bytes(pickle.dumps(Attack(marker)))  # where DCP's own format keeps a pickle
+        sums = {file.name: checkpoint.checksum(file) for file in path.iterdir() if file.name != 'checksums.json'}
+        (path / 'checksums.json').write_text(json.dumps(sums))
+    for resumed in ('train.py', 'sample.py'):
+        result = run(resumed, f'--out_dir={tiny.out_dir}', '--init_from=resume')
+        assert result.returncode == 2 and 'Traceback' not in result.stderr, result.stderr
+        assert 'cannot be read' in result.stderr and not marker.exists()
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / 'state.json'
+    checkpoint.write_atomically(path, b'first')
+
+    def breaks(number):
         raise OSError('disk full')
+    monkeypatch.setattr(os, 'fsync', breaks)
     with pytest.raises(OSError, match='disk full'):
-        checkpoint.write_atomically(tmp_path / 'ckpt_000000002.pt', breaks)
-    assert [path.name for path in tmp_path.iterdir()] == ['ckpt_000000001.pt']
+        checkpoint.write_atomically(path, b'second')
+    assert path.read_bytes() == b'first' and names(tmp_path.iterdir()) == ['state.json']
 
 
 def test_resume_as_another_model_lists_the_keys(tiny):
@@ -367,12 +447,12 @@ def test_gpt2_weights_are_for_gpt2_tokens_and_their_own_shape(tiny, monkeypatch,
                          eval_interval=1))['steps'] == 3
 
 
-def test_resume_takes_this_runs_hyperparameters_and_says_so(tiny, capsys):
+def test_resume_takes_this_runs_hyperparameters_and_says_so(tiny, capsys, optimizers):
     """Peers' checkpoints silently bring back their own weight decay and eps."""
     train(replace(tiny, max_iters=4))
     train(replace(tiny, init_from='resume', weight_decay=0.5, eps=1e-3, max_iters=8))
     assert 'max_iters 4 -> 8' in (out := capsys.readouterr().out) and 'weight_decay 0.0 -> 0.5' in out
-    groups = {group['role']: group for group in state_of(tiny.out_dir)['optimizer']['param_groups']}
+    groups = {group['role']: group for group in optimizers[1].param_groups}
     assert groups['hidden_weight']['weight_decay'] == 1.0 and groups['embedding']['eps'] == 5e-4
     with pytest.raises(UserError, match='is at step 8, past the end at 6: raise max_iters'):
         train(replace(tiny, init_from='resume', max_iters=6))
@@ -388,12 +468,12 @@ def test_resume_on_the_command_line_needs_no_config(tiny):
 
 def test_a_run_is_not_overwritten_unasked(tiny):
     train(tiny)
-    before = sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir())
+    before = contents(tiny.out_dir)
     with pytest.raises(UserError, match='holds the checkpoints of a run'):
         train(replace(tiny, seed=5))
-    assert sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir()) == before
+    assert contents(tiny.out_dir) == before
     train(replace(tiny, max_iters=2, eval_interval=2, overwrite=True))
-    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000002.pt']
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000002']
 
 
 def test_only_the_best_checkpoint_when_asked(tiny, monkeypatch):
@@ -405,16 +485,16 @@ def test_only_the_best_checkpoint_when_asked(tiny, monkeypatch):
         return logits, loss if self.training else torch.tensor(next(values))
     monkeypatch.setattr(GPT, 'forward', fixed_val_loss)
     summary = train(replace(tiny, eval_interval=2, eval_tokens=64, always_save_checkpoint=False))
-    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000006.pt', 'ckpt_000000002.pt']
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000006', 'ckpt_000000002']
     assert summary['best_val_loss'] == 2.0 and summary['val_loss'] == 6.0
 
 
 def test_eval_only_writes_nothing(tiny, capsys):
     val_loss = train(tiny)['val_loss']
-    before = sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir())
+    before = contents(tiny.out_dir)
     assert train(replace(tiny, init_from='resume', eval_only=True))['val_loss'] == val_loss
     assert f'validation loss {val_loss:.4f}' in capsys.readouterr().out
-    assert sorted((path.name, path.read_bytes()) for path in Path(tiny.out_dir).iterdir()) == before
+    assert contents(tiny.out_dir) == before
 
 
 def test_wandb_is_optional(tiny, monkeypatch):
@@ -555,7 +635,7 @@ def test_a_cuda_device_has_its_index(monkeypatch):
     assert hardware.pick_device('auto') == torch.device('cuda', 0)  # set_device refuses one without
     with pytest.raises(UserError, match="device='cuda:1' is not for several processes"):
         monkeypatch.setenv('RANK', '0')
-        hardware.join_processes('cuda:1')
+        parallel.join_processes('cuda:1', 60)
 
 
 @pytest.mark.parametrize('name, flops', [
@@ -643,7 +723,7 @@ def test_files_and_flags_apply_from_left_to_right(tmp_path):
     ('learning_rate', -1.0, 'learning_rate=-1.0 is not allowed: use a finite value of at least 0'),
     ('learning_rate', math.inf, 'learning_rate=inf is not allowed'),
     ('eps', 0.0, 'eps=0.0 is not allowed'),
-    ('init_from', 'resum', "init_from='resum' is not known: use scratch, resume, gpt2, gpt2-medium"),
+    ('init_from', 'resum', "init_from='resum' is not known: use scratch, resume, auto, gpt2, gpt2-medium"),
     ('learning_rate', math.nan, 'learning_rate=nan is not allowed'),
     ('beta1', 1.0, 'beta1=1.0 is not allowed: use a value in [0, 1)'),
     ('warmup_frac', 2.0, 'warmup_frac=2.0 is not allowed: use a value in [0, 1]'),

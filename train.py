@@ -5,29 +5,29 @@ Train a GPT. Config files and flags apply from left to right; --help lists every
     python train.py config/completep_small.py --n_layer=16 --out_dir=out/16 the same hyperparameters, twice the depth
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py  one machine with 8 GPUs
     python train.py --out_dir=out/16 --init_from=resume                     go on where it stopped
+    torchrun --standalone --nproc_per_node=8 train.py config/completep_1p5b_deep.py --parallel=fsdp   sharded
 """
 import gc
-import json
 import math
 import os
 import runpy
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from inspect import signature
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 import checkpoint
 import metrics
+import parallel
 from configurator import UserError, configure, exit_on_user_error, require_at_least
 from dataset import DATA_DIR, Dataset
-from hardware import join_processes, peak_flops, pick_device, pick_dtype, why_not_compile
+from faults import StopSignals, lock
+from hardware import peak_flops, pick_device, pick_dtype, why_not_compile
 from model import GPT, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
@@ -37,7 +37,8 @@ class TrainConfig:
     # the run
     out_dir: str = 'out'                   # folder for all that the run writes; '': it writes nothing
     overwrite: bool = False                # True: start anew although out_dir holds checkpoints
-    init_from: str = 'scratch'             # scratch, resume (go on in out_dir), or GPT-2: gpt2, gpt2-medium, ..
+    init_from: str = 'scratch'             # scratch, resume (go on in out_dir), auto (resume if there is a checkpoint,
+    #                                        else scratch), or GPT-2: gpt2, gpt2-medium, ..
     seed: int = 1337                       # weights, data order and dropout
     # data
     dataset: str = 'stdlib'                # a folder of data/, or any folder by its whole path
@@ -76,6 +77,7 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0                 # largest norm of the whole gradient; 0: no clipping
+    skip_grad_norm: float = 0.0            # a step whose gradient has a larger norm is not taken; 0: every step is
     # schedule, a fraction of every learning rate
     warmup_frac: float = 0.1               # of the steps, linear from zero
     schedule: str = 'linear'               # linear, cosine or constant after the warm-up
@@ -94,18 +96,26 @@ class TrainConfig:
     device: str = 'auto'                   # auto, cpu, cuda, cuda:1, mps
     dtype: str = 'auto'                    # of the matrix products: auto, float32, bfloat16, float16
     compile: bool = True                   # torch.compile where a compiler works
+    recompute: bool = False                # less memory: the backward runs every block's forward again
+    parallel: str = 'ddp'                  # under torchrun: ddp (the model on every device), fsdp (sharded over all
+    #                                        of them), hsdp (over those of a machine)
+    timeout_s: int = 600                   # a process that waits longer for another one ends the run
 
     def __post_init__(self):
         """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
         require_at_least(self, block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0,
-                         learning_rate=0, weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, eval_interval=0,
-                         eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0)
+                         learning_rate=0, weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, skip_grad_norm=0,
+                         eval_interval=0, eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0,
+                         timeout_s=1)
         for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
             value, end = getattr(self, key), ')' if key.startswith('beta') else ']'
             if not 0 <= value <= 1 or (value == 1 and end == ')'):
                 raise UserError(f'{key}={value} is not allowed: use a value in [0, 1{end}')
-        if self.init_from not in ('scratch', 'resume', *GPT2_NAMES):
-            raise UserError(f"init_from='{self.init_from}' is not known: use scratch, resume, {', '.join(GPT2_NAMES)}")
+        if self.init_from not in ('scratch', 'resume', 'auto', *GPT2_NAMES):
+            raise UserError(f"init_from='{self.init_from}' is not known: use scratch, resume, auto, "
+                            f"{', '.join(GPT2_NAMES)}")
+        if self.parallel not in parallel.KINDS:
+            raise UserError(f"parallel='{self.parallel}' is not known: use {', '.join(parallel.KINDS)}")
         if self.schedule not in ('linear', 'cosine', 'constant'):
             raise UserError(f"schedule='{self.schedule}' is not known: use linear, cosine or constant")
         if self.tau_ema and self.weight_decay:
@@ -115,9 +125,6 @@ class TrainConfig:
             raise UserError('tau_ema needs learning_rate > 0: weight_decay = 1 / (tau_ema * learning_rate * steps)')
 
 
-# every rank has the same buffers, the masks: DDP need not send them; torch 2.13 renamed the option
-SYNC_BUFFERS = 'forward_sync_buffers' if 'forward_sync_buffers' in signature(DistributedDataParallel).parameters \
-    else 'broadcast_buffers'
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
 
 
@@ -170,10 +177,10 @@ def open_dataset(name):
     return Dataset(name)
 
 
-def build_model(config, data, saved):
-    """A new model, GPT-2, or the one in the checkpoint `saved`; the last two must fit the config and the dataset.
+def build_model(config, data, saved=None, sharded=False):
+    """A new model, GPT-2, or one for the checkpoint whose state is `saved`; the last two must fit config and dataset.
 
-    Raises UserError where they do not.
+    One that is to be sharded comes on the meta device, without weights. Raises UserError.
     """
     c = config
     shape = {key: getattr(c, key) for key in MODEL_KEYS}
@@ -187,7 +194,8 @@ def build_model(config, data, saved):
                   if getattr(c, key) not in (value, getattr(TrainConfig, key))]
     else:
         try:
-            model = GPT(GPTConfig(**shape), torch.Generator().manual_seed(c.seed))
+            with torch.device('meta') if sharded else nullcontext():
+                model = GPT(GPTConfig(**shape), torch.Generator().manual_seed(c.seed))
         except ValueError as error:
             raise UserError(error) from None
     if saved:
@@ -202,16 +210,15 @@ def build_model(config, data, saved):
     if data.real_vocab_size > model.config.vocab_size:
         raise UserError(f"dataset '{c.dataset}' has {data.real_vocab_size} ids, the model vocab_size="
                         f"{model.config.vocab_size}: use vocab_size=0 for the dataset's own, or another dataset")
-    if saved:
-        model.load_state_dict(saved['model'])
     return model
 
 
-def update(model, optimizer, losses, grad_clip=0.0, scaler=None, mean_over_ranks=lambda loss: loss):
+def update(model, optimizer, losses, grad_clip=0.0, skip_grad_norm=0.0, scaler=None, mean_over_ranks=lambda loss: loss):
     """One optimizer step down the sum of `losses`, those of the micro-batches, each taken back before the next is made.
 
     Returns (loss, gradient norm before clipping, diverged). It has diverged, and no step is taken, when one of them is
-    not finite, unless the scaler of float16 may still find a scale at which they are.
+    not finite, unless the scaler of float16 may still find a scale at which they are. A finite gradient above
+    `skip_grad_norm` is dropped.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     total = 0.0
@@ -220,23 +227,32 @@ def update(model, optimizer, losses, grad_clip=0.0, scaler=None, mean_over_ranks
         total = total + loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     loss, grad_norm = torch.stack([mean_over_ranks(total), grad_norm]).tolist()  # waits for the device
     scaler_may_recover = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
     diverged = not (scaler_may_recover or math.isfinite(loss) and math.isfinite(grad_norm))
     if not diverged:
-        scaler.step(optimizer)
+        if not grad_norm > (skip_grad_norm or math.inf):
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm, diverged
 
 
-def train(config):
+def train(config, stop=None):
     """Runs a training run and returns its summary, also written to out_dir/summary.json unless out_dir is ''.
 
-    A run that diverges returns normally, with diverged_at = the step that was not taken. Raises UserError.
+    A run that diverges returns normally, with diverged_at = the step that was not taken. So does one that `stop`, a
+    StopSignals, stops, with stopped_by = the signal; its state is saved, a summary is not. Raises UserError.
     """
+    with ExitStack() as at_end:  # gives back what was taken, however it ends
+        return run(config, stop, at_end)
+
+
+def run(config, stop, at_end):
     c = config
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = parallel.rank_and_world_size()
     main_process = rank == 0
     say = print if main_process else (lambda *args: None)
     device = pick_device(c.device)
@@ -249,15 +265,41 @@ def train(config):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     sequences, local_sequences, accumulation = split_batch(c, world_size)
     batch_size = local_sequences // accumulation
+    sharded = c.parallel != 'ddp'
+    if sharded and (not dist.is_initialized() or dtype == torch.float16):
+        raise UserError(f"parallel='{c.parallel}' shards over the processes of torchrun (see --help) and has no "
+                        "gradient scaling for float16: start it with torchrun, and with dtype=bfloat16")
 
-    # data, model, optimizer
+    # data, folder, checkpoint: the first process looks, all go by what it found
     data = open_dataset(c.dataset)
-    saved_path, saved = checkpoint.load(c.out_dir) if c.init_from == 'resume' else (None, None)
-    if not saved and checkpoint.find(c.out_dir) and not (c.overwrite or c.eval_only):
+    writes = bool(c.out_dir) and not c.eval_only
+
+    def look():
+        if writes:
+            at_end.callback(lock(c.out_dir).release)
+        found = checkpoint.find(c.out_dir)
+        resumes = c.init_from == 'resume' or found and c.init_from == 'auto'
+        return found, *(checkpoint.newest(c.out_dir) if resumes else (None, None))
+    found, saved_path, saved = parallel.from_first(look)
+    if found and not (saved or c.overwrite or c.eval_only):
         raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with it, "
                         'another --out_dir, or --overwrite=True to lose them')
-    model = build_model(c, data, saved).to(device)
+
+    # model, optimizer
+    model = build_model(c, data, saved, sharded)
     c = replace(c, **asdict(model.config))  # what was 0 for "the dataset's" or came with GPT-2 is known now
+    reason = why_not_compile(device) if c.compile else None
+    if c.recompute:
+        parallel.recompute(model)
+    if c.compile and not reason:
+        for part in model.transformer.h if sharded else [model]:
+            part.compile(dynamic=False)
+    if sharded:
+        parallel.shard(model, c.parallel, device, dtype)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+        model.init_weights(torch.Generator().manual_seed(c.seed))
+    model.to(device)
     steps, weight_decay = duration(c, model.num_params())
     optimizer = model.configure_optimizers(weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
     first_step, best_val_loss = 0, math.inf
@@ -265,31 +307,22 @@ def train(config):
         first_step, best_val_loss = saved['step'], saved['best_val_loss']
         if first_step > steps:
             raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters")
-        # its moments, but this run's lr, weight decay, eps and betas
-        optimizer.load_state_dict({**saved['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        checkpoint.restore(saved_path, model, optimizer)  # but this run's lr, weight decay, eps and betas
         if saved['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(saved['scaler'])
         changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(c).items()
                    if saved['config'].get(key) != value and key not in ('init_from', 'out_dir', 'overwrite')]
         say(f"resuming {saved_path} at step {first_step}{', with ' if changed else ''}{', '.join(changed)}")
-        saved = None  # frees the memory
 
     say(f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '
         f'{c.block_size} = {world_size} process(es) x {accumulation} micro-batch(es) x {batch_size}; '
-        f'{steps * c.batch_tokens:,} tokens on {device}, {str(dtype)[6:]}')
+        f'{steps * c.batch_tokens:,} tokens on {device}, {str(dtype)[6:]}{f", {c.parallel}" if world_size > 1 else ""}')
     say(f'{c.parameterization}: {c.n_layer} layers x {c.n_embd}, density {c.density:g}; base {c.base_n_layer} x '
         f'{c.base_n_embd}\n{metrics.describe(model, optimizer)}')
     if c.compile:
-        reason = why_not_compile(device)
-        if reason:
-            say(f'running without torch.compile: {reason}')
-        else:
-            say('compiling: the first steps take longer')
-            model.compile(dynamic=False)
-    ddp_model = model
-    if world_size > 1:
-        ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
-                                            **{SYNC_BUFFERS: False})
+        say(f'running without torch.compile: {reason}' if reason else 'compiling: the first steps take longer')
+    # calling it averages gradients over the processes; a sharded model does so by itself
+    replica = parallel.copied(model, device) if world_size > 1 and not sharded else model
     peak = peak_flops(device, dtype)
 
     def sum_over_ranks(value):
@@ -303,10 +336,12 @@ def train(config):
         starts = data.val_starts(c.eval_tokens, c.block_size)
         total = torch.zeros((), device=device)
         model.eval()
-        for i in range(rank * batch_size, len(starts), world_size * batch_size):
-            inputs, targets = data.batch('val', starts[i:i + batch_size], c.block_size, device)
+        for first in range(0, len(starts), world_size * batch_size):
+            mine = starts[first + rank * batch_size:][:batch_size]
+            # with nothing left for it, a rank goes through the model all the same: others need its shard
+            inputs, targets = data.batch('val', mine if len(mine) else starts[:1], c.block_size, device)
             with autocast:
-                total += model(inputs, targets)[1] * len(inputs)
+                total += model(inputs, targets)[1] * len(mine)
         model.train()
         return sum_over_ranks(total).item() / len(starts)
 
@@ -316,29 +351,36 @@ def train(config):
             inputs, targets = data.batch('train', starts[micro * batch_size:(micro + 1) * batch_size], c.block_size,
                                          device)
             last = micro == accumulation - 1
-            with nullcontext() if last or world_size == 1 else ddp_model.no_sync():  # sum gradients over ranks once
+            with nullcontext() if last or replica is model else replica.no_sync():  # sum gradients over ranks once
                 with autocast:
-                    loss = ddp_model(inputs, targets)[1] / accumulation
+                    loss = replica(inputs, targets)[1] / accumulation
                 yield loss  # its backward runs here, inside no_sync and outside autocast
 
-    log = None
-    if main_process and c.out_dir and not c.eval_only:
-        try:
-            os.makedirs(c.out_dir, exist_ok=True)
-            Path(c.out_dir, 'config.json').write_text(json.dumps(asdict(c), indent=1))
-            log = metrics.Metrics(c.out_dir, first_step, steps)
-        except OSError as error:
-            raise UserError(f"out_dir='{c.out_dir}' cannot be written: {error}") from None
+    def save(step):
+        checkpoints.save(step, model, optimizer, dict(
+            tokens=step * c.batch_tokens, best_val_loss=best_val_loss, scaler=scaler.state_dict(), config=asdict(c),
+            model_config=asdict(model.config), meta=data.meta))
+
+    log, checkpoints = None, checkpoint.Checkpoints(c.out_dir) if writes else None
+
+    def open_log():
+        nonlocal log
+        checkpoints.clean(first_step)
+        log = metrics.Metrics(c.out_dir, first_step, steps, asdict(c))
         if c.wandb_log:
             log.start_wandb(c.wandb_project, c.wandb_run_name or c.out_dir, asdict(c))
-        for old in checkpoint.find(c.out_dir) if first_step == 0 else []:
-            old.unlink()  # overwrite=True
+    if writes:
+        at_end.callback(checkpoints.wait)
+        parallel.from_first(open_log)
 
     # the loop: at step k the loss of batch k, and the validation loss, belong to the weights after k updates
-    val_loss, loss, grad_norm, diverged_at = math.inf, math.nan, math.nan, None
+    val_loss, loss, grad_norm, diverged_at, stopped_by, skipped_steps = math.inf, math.nan, math.nan, None, None, 0
     train_s, timed_steps, started = 0.0, 0, time.perf_counter()
     model.train()
     for step in range(first_step, steps + 1):
+        stopped_by = parallel.largest(stop.received or 0) if stop else 0
+        if stopped_by:
+            break
         row = dict(step=step, tokens=step * c.batch_tokens)
         if step == steps or c.eval_only or c.eval_interval and step % c.eval_interval == 0:
             val_loss = evaluate()
@@ -347,11 +389,8 @@ def train(config):
                 break
             row.update(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token)
             improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            if log and step > first_step and (improved or c.always_save_checkpoint):
-                checkpoint.save(c.out_dir, dict(
-                    step=step, tokens=step * c.batch_tokens, best_val_loss=best_val_loss, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), config=asdict(c),
-                    model_config=asdict(model.config), meta=data.meta))
+            if writes and step > first_step and (improved or c.always_save_checkpoint):
+                save(step)
         if c.eval_only:
             say(f"validation loss {val_loss:.4f}, {row['bits_per_byte']:.4f} bits per byte")
             break
@@ -367,11 +406,17 @@ def train(config):
         # dropout's random state, like the data, is a function of (seed, step, rank): a resumed run has the same
         torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))
         starts = data.train_starts(c.seed, step, sequences, c.block_size)[rank * local_sequences:]
-        loss, grad_norm, diverged = update(model, optimizer, micro_losses(starts), c.grad_clip, scaler,
-                                           lambda loss: sum_over_ranks(loss) / world_size)
+        loss, grad_norm, diverged = update(
+            model, optimizer, micro_losses(starts), c.grad_clip, c.skip_grad_norm, scaler,
+            mean_over_ranks=lambda loss: sum_over_ranks(loss) / world_size)
         if diverged:
             diverged_at = step
             break
+        if grad_norm > c.skip_grad_norm > 0:
+            skipped_steps += 1
+            say(f'step {step} skipped: gradient norm {grad_norm:.4g} is above skip_grad_norm={c.skip_grad_norm:g}')
+        if writes:
+            checkpoints.check()
 
         train_s += time.perf_counter() - step_started
         timed_steps += 1
@@ -385,8 +430,15 @@ def train(config):
         if log and len(row) > 2:
             log.write(row, note)
 
+    if writes:
+        if stopped_by and step > first_step:
+            save(step)
+        checkpoints.wait()
+    kept = checkpoint.find(c.out_dir)
+    if stopped_by:
+        saved_in = f'saved in {kept[0]}: go on with --init_from=resume' if kept else 'not saved'
+        say(f'stopped after {step} steps, {saved_in}')
     if diverged_at is not None:
-        kept = checkpoint.find(c.out_dir)
         say(f'step {step} was not taken: loss {loss}, gradient norm {grad_norm}, validation loss {val_loss}. '
             f"{f'The last good checkpoint is {kept[0]}. ' if kept else 'There is no checkpoint yet. '}"
             'Try a lower learning_rate, a longer warmup_frac, a smaller grad_clip, or dtype=float32.')
@@ -395,34 +447,43 @@ def train(config):
         val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
         last_train_loss=loss, steps=step, tokens=step * c.batch_tokens, params=model.num_params(),
         weight_decay=weight_decay, seconds=time.perf_counter() - started, diverged_at=diverged_at,
+        stopped_by=stopped_by or None, skipped_steps=skipped_steps,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, dtype=str(dtype)[6:],
         processes=world_size, torch=torch.__version__, config=asdict(c))
-    if log:
+    if log and not stopped_by:
         title = f'{c.parameterization}, {c.n_layer} layers x {c.n_embd}, {model.num_params():,} parameters'
         say(f'loss curve: {log.finish(summary, title)}')
-        if c.sample_tokens and diverged_at is None:
-            say(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
-            print_sample(model.eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)
+        if kept and diverged_at is None:
+            whole, path = checkpoint.export(c.out_dir)
+            say(f'weights: {path}')
+            if c.sample_tokens:
+                say(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
+                print_sample(whole.to(device).eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)
     return summary
 
 
 def read_config(argv):
     """TrainConfig from the command line; a resumed run starts from the config in its checkpoint. Raises UserError."""
     overrides = configure(TrainConfig, argv)
-    if overrides.get('init_from') == 'resume':
-        known = checkpoint.load(overrides.get('out_dir', TrainConfig.out_dir))[1]['config']
+    out_dir, init_from = overrides.get('out_dir', TrainConfig.out_dir), overrides.get('init_from')
+    if init_from == 'resume' or init_from == 'auto' and checkpoint.find(out_dir):
         keys = {field.name for field in fields(TrainConfig)} - {'out_dir', 'overwrite', 'eval_only'}
+        known = checkpoint.peek(out_dir)['config']
         overrides = {**{key: value for key, value in known.items() if key in keys}, **overrides}
     return TrainConfig(**overrides)
 
 
 def main():
-    """Returns the exit code: 0, or 3 for a run that diverged. Raises UserError."""
+    """Returns the exit code: 0, 3 for a run that diverged, 128 + the signal that stopped it. Raises UserError."""
     config = read_config(sys.argv[1:])
-    summary = train(replace(config, device=join_processes(config.device)))
+    device = parallel.join_processes(config.device, config.timeout_s)
+    with StopSignals() as stop:
+        summary = train(replace(config, device=device), stop)
     if dist.is_initialized():
         gc.collect()  # DDP's cycles hold the group: without this its threads can outlive it and abort the process
         dist.destroy_process_group()
+    if summary['stopped_by']:
+        return 128 + summary['stopped_by']
     return 0 if summary['diverged_at'] is None else 3
 
 

@@ -1,0 +1,100 @@
+"""
+One model on many processes: joining them, copying the model to each or sharding it over them, and agreeing.
+
+    ddp     every process holds the whole model; gradients are averaged
+    fsdp    every process holds a part of every tensor; a block's tensors are gathered when it is their turn (FSDP2)
+    hsdp    fsdp over the processes of a machine, copied over the machines
+
+torchrun starts the processes; the data that one takes depends on the step, its rank and their number only.
+"""
+import os
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from configurator import UserError
+
+KINDS = ('ddp', 'fsdp', 'hsdp')
+
+
+def join_processes(device, timeout_s):
+    """Under torchrun: joins the process group and returns the device for this process. Raises UserError."""
+    if 'RANK' not in os.environ:
+        return device
+    if device not in ('auto', 'cuda', 'cpu'):
+        raise UserError(f"device='{device}' is not for several processes: use auto, cuda or cpu")
+    timeout = timedelta(seconds=timeout_s)
+    if device == 'cpu' or not torch.cuda.is_available():
+        dist.init_process_group('gloo', timeout=timeout)
+        return device
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    # gloo for what the CPUs tell each other: checkpoints, and whether to stop
+    dist.init_process_group('cpu:gloo,cuda:nccl', timeout=timeout, device_id=torch.device(device))
+    return device
+
+
+def rank_and_world_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_first(function):
+    """What function() returns, or the UserError it raises, on the first process; every process gets it."""
+    result = None
+    if rank_and_world_size()[0] == 0:
+        try:
+            result = function()
+        except UserError as error:
+            result = error
+    if dist.is_initialized():
+        box = [result]
+        dist.broadcast_object_list(box, device=torch.device('cpu'))
+        result = box[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def largest(number):
+    """The largest `number`, an int, of all processes."""
+    if not dist.is_initialized():
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return box.item()
+
+
+def recompute(model):
+    """Keeps only the input of every block for the backward, which runs the block's forward again."""
+    for block in model.transformer.h:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
+def shard(model, kind, device, dtype):
+    """Shards a model in place, block by block, with blocks' weights sent and used as `dtype`, gradients as float32.
+
+    On the meta device or with weights, the same in every process. Raises UserError.
+    """
+    world_size, per_host = dist.get_world_size(), int(os.environ['LOCAL_WORLD_SIZE'])
+    if kind == 'hsdp':
+        if world_size % per_host:
+            raise UserError(f"parallel='hsdp' needs as many processes on every machine, not {per_host} of {world_size}")
+        mesh = init_device_mesh(device.type, (world_size // per_host, per_host), mesh_dim_names=('copy', 'shard'))
+    else:
+        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=('shard',))
+    # norms and embeddings stay in float32, and so does the stream between the blocks, as under autocast
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh)
+
+
+def copied(model, device):
+    """The model as DDP calls it: the same module, gradients averaged over the processes."""
+    return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
