@@ -559,27 +559,6 @@ def test_every_model_key_reaches_the_model(tiny):
 # Machine
 
 
-def test_two_processes_train_the_curve_of_one(tiny, tmp_path):
-    config = replace(tiny, parameterization='completep_supar', density=0.5, batch_size=2, max_iters=6)
-    train(config)
-    two = replace(config, out_dir=str(tmp_path / 'two'))
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py',
-         *flags(two)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert result.returncode == 0, result.stderr
-    assert '8 sequences of 16 = 2 process(es) x 2 micro-batch(es) x 2' in result.stdout
-    assert result.stdout.count('hidden_weight') == 1  # one process speaks
-    one, other = rows_of(config.out_dir), rows_of(two.out_dir)
-    assert [row['step'] for row in one] == [row['step'] for row in other]
-    for a, b in zip(one, other, strict=True):
-        for key in ('loss', 'grad_norm', 'val_loss'):
-            assert bool(a[key]) == bool(b[key])
-            if a[key]:
-                assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), (a['step'], key)
-    for name, value in state_of(config.out_dir)['model'].items():
-        torch.testing.assert_close(state_of(two.out_dir)['model'][name], value, rtol=1e-3, atol=1e-4)
-
-
 def test_compiled_training_is_the_same(tiny, tmp_path):
     if reason := hardware.why_not_compile(torch.device('cpu')):
         pytest.skip(f'torch.compile does not work here: {reason}')

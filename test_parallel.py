@@ -1,0 +1,250 @@
+"""Tests of several processes: the curve of one, the same rules and values, other numbers of them, deaths."""
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+
+import checkpoint
+import metrics
+import parallel
+import stress_faults
+from configurator import UserError
+from faults import lock
+from model import GPT, GPTConfig
+from train import TrainConfig, train
+
+ROOT = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def tiny(tmp_path, data_dir):
+    """Two micro-batches on each of two processes, and a gradient that is clipped at every step."""
+    return TrainConfig(
+        out_dir=str(tmp_path / 'out'), dataset=data_dir, block_size=16, batch_tokens=128, batch_size=2, max_iters=20,
+        n_layer=2, n_embd=32, head_dim=16, base_n_layer=1, base_n_embd=16, base_head_dim=16, learning_rate=1e-2,
+        grad_clip=0.1, weight_decay=0.1, eval_interval=10, eval_tokens=560, log_interval=1, compile=False,
+        dtype='float32', device='cpu', timeout_s=60)
+
+
+def launch(config, processes, *torchrun, **env):
+    """torchrun with train.py, as a process."""
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
+         *(torchrun or ['--standalone']), ROOT / 'train.py',
+         *(f'--{key}={value}' for key, value in asdict(config).items() if value != '')],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+
+
+def finish(process, code=0):
+    """What the processes printed, when they have ended."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out[-3000:] + err[-3000:]
+    return out + err
+
+
+def tensors_of(out_dir):
+    return checkpoint.load_model(out_dir)[0].state_dict()
+
+
+def assert_same_curve(a, b):
+    """Rows and weights of two runs, up to the order in which floats are added."""
+    rows, others = metrics.read(a), metrics.read(b)
+    assert [row['step'] for row in rows] == [row['step'] for row in others]
+    for row, other in zip(rows, others):
+        for key in ('loss', 'grad_norm', 'val_loss'):
+            assert bool(row[key]) == bool(other[key])
+            if row[key]:
+                assert float(other[key]) == pytest.approx(float(row[key]), rel=1e-4), (row['step'], key)
+    mine, theirs = tensors_of(a), tensors_of(b)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
+
+
+SUPAR = dict(parameterization='completep_supar', density=0.5)
+
+
+@pytest.mark.parametrize('kind, changes', [
+    ('ddp', dict(parameterization='completep')), ('ddp', SUPAR),
+    ('fsdp', dict(parameterization='completep')), ('fsdp', dict(tie_weights=True, recompute=True, **SUPAR))])
+def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
+    one = replace(tiny, **{**changes, 'recompute': False})
+    train(one)
+    two = replace(tiny, **changes, out_dir=str(tmp_path / 'two'), parallel=kind)
+    out = finish(launch(two, 2))
+    assert f'8 sequences of 16 = 2 process(es) x 2 micro-batch(es) x 2; 2,560 tokens on cpu, float32, {kind}' in out
+    assert out.count('hidden_weight') == 1  # one process speaks
+    assert min(float(row['grad_norm']) for row in metrics.read(one.out_dir) if row['grad_norm']) > 0.1  # all clipped
+    assert_same_curve(one.out_dir, two.out_dir)
+    shards = sorted(checkpoint.find(two.out_dir)[0].glob('*.safetensors'))
+    assert len(shards) == 2
+    if kind == 'fsdp' and changes.get('density'):  # each holds half of a weight, its mask and its moments
+        for shard in shards:
+            with safe_open(shard, 'pt') as file:
+                for name in ('model.{}.weight', 'model.{}.mask', 'optimizer.{}.weight.exp_avg'):
+                    assert file.get_slice(name.format('transformer.h.1.mlp.c_fc')).get_shape() == [64, 32]
+    with safe_open(Path(two.out_dir, 'model.safetensors'), 'pt') as file:  # one file, whole
+        assert file.get_slice('transformer.h.1.mlp.c_fc.weight').get_shape() == [128, 32]
+        assert json.loads(file.metadata()['model_config'])['n_layer'] == 2
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_hosts_shard_within_and_copy_between(tiny, tmp_path):
+    """hsdp on two torchruns of two processes that meet as two machines would."""
+    one = replace(tiny, batch_size=1, **SUPAR)
+    train(one)
+    two = replace(one, out_dir=str(tmp_path / 'two'), parallel='hsdp')
+    meet = ['--nnodes=2', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{free_port()}', '--rdzv_id=1']
+    hosts = [launch(two, 2, *meet) for _ in range(2)]
+    out = ''.join(map(finish, hosts))
+    assert '4 process(es) x 2 micro-batch(es) x 1; 2,560 tokens on cpu, float32, hsdp' in out
+    assert_same_curve(one.out_dir, two.out_dir)
+    name, shapes = 'model.transformer.h.1.mlp.c_fc.weight', []
+    for shard in checkpoint.find(two.out_dir)[0].glob('*.safetensors'):
+        with safe_open(shard, 'pt') as file:
+            shapes += [file.get_slice(name).get_shape()] if name in file.keys() else []
+    assert shapes == [[64, 32]] * 2  # halves, not quarters, and each of them once
+
+
+def test_a_run_on_two_goes_on_on_one_and_on_four(tiny, tmp_path):
+    straight = replace(tiny, batch_size=1, out_dir=str(tmp_path / 'straight'), **SUPAR)
+    train(straight)
+    finish(launch(replace(straight, out_dir=tiny.out_dir, parallel='fsdp'), 2))
+    for processes, kind in ((1, 'ddp'), (4, 'fsdp')):
+        moved = replace(straight, out_dir=str(tmp_path / str(processes)), init_from='resume', parallel=kind)
+        shutil.copytree(tiny.out_dir, moved.out_dir)
+        shutil.rmtree(checkpoint.find(moved.out_dir)[0])
+        before = checkpoint.find(moved.out_dir)[0]
+        if processes == 1:
+            train(moved)
+        else:
+            assert f'resuming {before} at step 10' in finish(launch(moved, processes))
+        assert_same_curve(straight.out_dir, moved.out_dir)
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('changes', [dict(parameterization='completep'), dict(tie_weights=True, **SUPAR)])
+def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, changes):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
+    config = GPTConfig(block_size=16, vocab_size=63, n_layer=4, n_embd=64, head_dim=16, base_n_layer=1, base_n_embd=16,
+                       base_head_dim=16, **changes)
+    whole = GPT(config, torch.Generator().manual_seed(3))
+    with torch.device('meta'):
+        sharded = GPT(config)
+    parallel.shard(sharded, 'fsdp', torch.device('cpu'), torch.bfloat16)
+    sharded.to_empty(device='cpu')
+    sharded.init_weights(torch.Generator().manual_seed(3))
+    values = dict(sharded.named_parameters())
+    assert values.keys() == dict(whole.named_parameters()).keys()
+    for name, p in whole.named_parameters():
+        assert isinstance(values[name], DTensor) and torch.equal(values[name].full_tensor(), p), name
+
+    def rules(model):
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu')
+        names = {id(p): name for name, p in model.named_parameters()}
+        return {names[id(p)]: [group[key] for key in ('role', 'lr', 'lr_scale', 'weight_decay', 'eps')]
+                for group in optimizer.param_groups for p in group['params']}
+    assert rules(sharded) == rules(whole) and sharded.num_params() == whole.num_params()
+    assert sharded.flops_per_token() == whole.flops_per_token()
+
+
+def test_sharding_needs_processes(tiny):
+    with pytest.raises(UserError, match="parallel='fsdp' shards over the processes of torchrun"):
+        train(replace(tiny, parallel='fsdp'))
+    with pytest.raises(UserError, match="parallel='dp' is not known: use ddp, fsdp, hsdp"):
+        replace(tiny, parallel='dp')
+
+
+def test_recomputation_changes_no_bit(tiny, tmp_path):
+    train(replace(tiny, dropout=0.2))
+    again = replace(tiny, dropout=0.2, recompute=True, out_dir=str(tmp_path / 'again'))
+    train(again)
+    assert stress_faults.differences(tiny.out_dir, again.out_dir) == []
+
+
+def test_recomputation_keeps_fewer_activations():
+    def kept(recompute):
+        model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=4, n_embd=64, head_dim=16))
+        if recompute:
+            parallel.recompute(model)
+        idx, sizes = torch.zeros(2, 64, dtype=torch.long), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            model(idx, idx)
+        return sum(sizes)
+    assert kept(True) < kept(False) / 4
+
+
+def children(process):
+    """The workers of a torchrun."""
+    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def wait_for_step(config, step, process):
+    end = time.monotonic() + 120
+    while not any(int(row['step']) >= step for row in metrics.read(config.out_dir)):
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed(tiny, tmp_path):
+    """From the last checkpoint, by itself, to the same end bit for bit."""
+    config = replace(tiny, max_iters=400, eval_interval=20, init_from='auto')
+    undisturbed = replace(config, out_dir=str(tmp_path / 'undisturbed'))
+    finish(launch(undisturbed, 2))
+    process = launch(config, 2, '--standalone', '--max-restarts=3')
+    wait_for_step(config, 50, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    out = finish(process)
+    assert out.count('resuming ') == 1 and out.count('hidden_weight') == 2  # two lives
+    assert stress_faults.differences(undisturbed.out_dir, config.out_dir) == []
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tiny, tmp_path):
+    config = replace(tiny, max_iters=10**6, eval_interval=0, eval_tokens=16)
+    process = launch(config, 2)
+    wait_for_step(config, 3, process)
+    os.kill(children(process)[0], signal.SIGTERM)
+    out = finish(process, code=1)  # torchrun's own, for workers that exit with 143
+    path, state = checkpoint.newest(config.out_dir)
+    assert f"stopped after {state['step']} steps, saved in {path}" in out and 'exitcode  : 143' in out
+
+
+def test_errors_of_the_first_process_reach_all(tiny):
+    held = lock(tiny.out_dir)
+    out = finish(launch(tiny, 2), code=1)
+    held.release()
+    assert out.count('error: another process is training in') == 2 and 'exitcode  : 2' in out
+
+
+def test_from_first_and_largest_without_a_group():
+    assert parallel.from_first(lambda: 3) == 3 and parallel.largest(7) == 7
+    assert parallel.rank_and_world_size() == (0, 1)
+    with pytest.raises(UserError, match='no'):
+        parallel.from_first(lambda: (_ for _ in ()).throw(UserError('no')))
+    assert math.isnan(parallel.from_first(lambda: math.nan))
