@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from configurator import UserError, first_line
 from model import GPT, GPTConfig
+from parallel import lost_contact
 
 KEPT = 2
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
@@ -36,9 +38,9 @@ def find(out_dir):
         if out_dir else []
 
 
-def reason(error):
-    """In one line, what DCP or one of its processes failed of."""
-    return first_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
+def cause(error):
+    """The exception behind one of DCP's."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def remove(path):
@@ -105,10 +107,10 @@ class Writer(HuggingFaceStorageWriter):
 class Checkpoints:
     """The checkpoints that one run writes; all of its processes call the same methods."""
 
-    def __init__(self, out_dir):
-        self.out_dir, self.writing = Path(out_dir), None
-        # a group of their own, because training talks while a checkpoint is written
-        self.group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+    def __init__(self, out_dir, timeout_s):
+        self.out_dir, self.writing, self.group = Path(out_dir), None, None
+        if dist.is_initialized():  # a group of their own, because training talks while a checkpoint is written
+            self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout_s))
 
     def clean(self, step):
         """Removes what an earlier process left half-written, and before the first step all there is."""
@@ -136,8 +138,10 @@ class Checkpoints:
                 writing.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             shutil.rmtree(f'{self.path}.tmp', ignore_errors=True)  # it may be what fills the disk
-            raise UserError(f"'{self.path}' could not be written ({reason(error)}); the checkpoint before it is whole: "
-                            'make room and go on with --init_from=resume') from None
+            if lost_contact(cause(error)):
+                raise cause(error) from None
+            raise UserError(f"'{self.path}' could not be written ({first_line(cause(error))}): make room, go on from "
+                            'the one before it with --init_from=resume') from None
 
 
 # -----------------------------------------------------------------------------
@@ -195,7 +199,8 @@ def read(path, tensors, alone=False):
         reader.read_metadata()  # fails in one line, load() in many
         dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
     except (CheckpointException, Exception) as error:  # safetensors, DCP and the system each have their own
-        raise UserError(f"'{path}' cannot be read ({reason(error)}): remove it to go on from the one before") from None
+        raise UserError(f"'{path}' cannot be read ({first_line(cause(error))}): remove it to go on from the one "
+                        'before') from None
 
 
 def restore(path, model, optimizer):

@@ -40,6 +40,11 @@ def join_processes(device, timeout_s):
     return device
 
 
+def lost_contact(error):
+    """Whether an exception of PyTorch's says that another process is gone, or silent for longer than the time-out."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and 'gloo' in str(error)
+
+
 def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

@@ -42,6 +42,13 @@ class StressConfig:
         require_at_least(self, kills=1, seed=0, steps_per_kill=1, latest_s=0.01)
 
 
+def squares(folder):
+    """Makes a small dataset and returns its whole path."""
+    text = ''.join(f'{i} squared is {i * i}.\n' for i in range(5000))
+    write_dataset(folder, [('train', text, True), ('val', text, True)], ByteTokenizer(), 'squares', workers=1)
+    return str(Path(folder).resolve())
+
+
 def live(config):
     """A life: trains in silence."""
     torch.set_num_threads(1)
@@ -114,12 +121,10 @@ def stress(config):
     """Kills, compares, prints; returns the lines of differences()."""
     out_dir = Path(config.out_dir)
     shutil.rmtree(out_dir, ignore_errors=True)
-    data_dir, text = out_dir.resolve() / 'data', ''.join(f'{i} squared is {i * i}.\n' for i in range(5000))
-    write_dataset(data_dir, [('train', text, True), ('val', text, True)], ByteTokenizer(), 'squares', workers=1)
     undisturbed = TrainConfig(
-        out_dir=str(out_dir / 'undisturbed'), init_from='auto', dataset=str(data_dir), block_size=16, batch_tokens=256,
-        batch_size=8, max_iters=config.steps_per_kill * config.kills, n_layer=2, n_embd=64, head_dim=16,
-        base_n_embd=16, base_head_dim=16, density=0.5, parameterization='completep_supar', dropout=0.1,
+        out_dir=str(out_dir / 'undisturbed'), init_from='auto', dataset=squares(out_dir / 'data'), block_size=16,
+        batch_tokens=256, batch_size=8, max_iters=config.steps_per_kill * config.kills, n_layer=2, n_embd=64,
+        head_dim=16, base_n_embd=16, base_head_dim=16, density=0.5, parameterization='completep_supar', dropout=0.1,
         weight_decay=0.1, learning_rate=1e-2, eval_interval=10, eval_tokens=4096, log_interval=1, compile=False,
         dtype='float32', device='cpu')
     killed = replace(undisturbed, out_dir=str(out_dir / 'killed'))

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 import checkpoint
 import metrics
 import parallel
-from configurator import UserError, configure, exit_on_user_error, require_at_least
+from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
 from dataset import DATA_DIR, Dataset
 from faults import StopSignals, lock
 from hardware import peak_flops, pick_device, pick_dtype, why_not_compile
@@ -361,7 +361,7 @@ def run(config, stop, at_end):
             tokens=step * c.batch_tokens, best_val_loss=best_val_loss, scaler=scaler.state_dict(), config=asdict(c),
             model_config=asdict(model.config), meta=data.meta))
 
-    log, checkpoints = None, checkpoint.Checkpoints(c.out_dir) if writes else None
+    log, checkpoints = None, checkpoint.Checkpoints(c.out_dir, c.timeout_s) if writes else None
 
     def open_log():
         nonlocal log
@@ -477,8 +477,14 @@ def main():
     """Returns the exit code: 0, 3 for a run that diverged, 128 + the signal that stopped it. Raises UserError."""
     config = read_config(sys.argv[1:])
     device = parallel.join_processes(config.device, config.timeout_s)
-    with StopSignals() as stop:
-        summary = train(replace(config, device=device), stop)
+    try:
+        with StopSignals() as stop:
+            summary = train(replace(config, device=device), stop)
+    except Exception as error:
+        if not parallel.lost_contact(error):
+            raise
+        raise UserError(f'lost contact with another process ({first_line(error)}): see what became of it, or raise '
+                        'timeout_s; --init_from=resume goes on from the last checkpoint') from None
     if dist.is_initialized():
         gc.collect()  # DDP's cycles hold the group: without this its threads can outlive it and abort the process
         dist.destroy_process_group()

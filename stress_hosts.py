@@ -1,0 +1,158 @@
+"""
+Trains on two hosts, cuts the cable between them, and sees that the run says so, stops, and goes on when it is back.
+
+    python stress_hosts.py                                      as root, on Linux
+
+The hosts are network namespaces of this machine with a veth pair for the cable; the commands are those of the README.
+In the end weights, optimizer state and metrics.csv must be those of a run whose cable was never cut, bit for bit. Exit
+code 1 if anything differs, 0 with a reason where namespaces cannot be made.
+"""
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import metrics
+from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
+from stress_faults import differences, squares
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent
+NAMES, CABLES, ADDRESSES = ('nanop-a', 'nanop-b'), ('nanop-va', 'nanop-vb'), ('10.213.77.1', '10.213.77.2')
+
+
+@dataclass
+class HostsConfig:
+    out_dir: str = 'out/stress_hosts'      # holds both runs and their data; emptied first
+    timeout_s: int = 10                    # of the runs
+    parallel: str = 'ddp'                  # ddp, fsdp or hsdp
+    cut_at_step: int = 30
+
+    def __post_init__(self):
+        require_at_least(self, timeout_s=1, cut_at_step=1)
+
+
+def ip(*words):
+    """Raises UserError."""
+    try:
+        result = subprocess.run(['ip', *words], capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f'ip cannot be run: {error}') from None
+    if result.returncode:
+        raise UserError(f"ip {' '.join(words)}: {first_line(result.stderr)}")
+
+
+def remove_hosts():
+    for name in NAMES:
+        subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+
+
+def make_hosts():
+    """Two namespaces and a cable. Raises UserError where they cannot be made."""
+    remove_hosts()
+    for name in NAMES:
+        ip('netns', 'add', name)
+    ip('link', 'add', CABLES[0], 'netns', NAMES[0], 'type', 'veth', 'peer', 'name', CABLES[1], 'netns', NAMES[1])
+    for name, cable, address in zip(NAMES, CABLES, ADDRESSES):
+        ip('-n', name, 'addr', 'add', f'{address}/24', 'dev', cable)
+        ip('-n', name, 'link', 'set', 'lo', 'up')
+        ip('-n', name, 'link', 'set', cable, 'up')
+
+
+def launch(config, port):
+    """torchrun on each host, as two processes."""
+    return [subprocess.Popen(
+        ['ip', 'netns', 'exec', name, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+         '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:{port}', '--rdzv_id=1', f'--local_addr={address}',
+         # namespaces share the machine's name, by which torchrun would know who hosts the meeting
+         f'--rdzv_conf=is_host={int(name == NAMES[0])},read_timeout={config.timeout_s}',
+         ROOT / 'train.py', *(f'--{key}={value}' for key, value in asdict(config).items() if value != '')],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': cable})
+        for name, cable, address in zip(NAMES, CABLES, ADDRESSES)]
+
+
+def outputs(hosts, limit_s):
+    """What each host printed, when both have ended. Raises UserError for one that does not end."""
+    end = time.monotonic() + limit_s
+    while any(host.poll() is None for host in hosts) and time.monotonic() < end:
+        time.sleep(0.1)
+    late = [name for name, host in zip(NAMES, hosts) if host.poll() is None]
+    for host in hosts:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(host.pid, signal.SIGKILL)  # torchrun and its workers, if any are left
+    texts = [host.communicate()[0] for host in hosts]
+    if late:
+        raise UserError(f"{' and '.join(late)} did not end within {limit_s} s: {texts}")
+    return texts
+
+
+def succeed(config, port):
+    """Runs to the end on both hosts. Raises UserError if one fails."""
+    hosts = launch(config, port)
+    for text, host in zip(outputs(hosts, 300), hosts):
+        if host.returncode:
+            raise UserError(f'a host failed: {text[-2000:]}')
+
+
+def stress(config):
+    """Trains, cuts, restores, resumes; prints what happens; returns the lines that say what is wrong."""
+    shutil.rmtree(config.out_dir, ignore_errors=True)
+    out_dir = Path(config.out_dir).resolve()
+    undisturbed = TrainConfig(
+        out_dir=str(out_dir / 'undisturbed'), init_from='auto', dataset=squares(out_dir / 'data'), block_size=16,
+        batch_tokens=256, batch_size=4, max_iters=400, n_layer=2, n_embd=64, head_dim=16, base_n_embd=16,
+        base_head_dim=16, density=0.5, parameterization='completep_supar', weight_decay=0.1, learning_rate=1e-2,
+        eval_interval=10, eval_tokens=1024, log_interval=1, compile=False, dtype='float32', device='cpu',
+        timeout_s=config.timeout_s, parallel=config.parallel)
+    cut = replace(undisturbed, out_dir=str(out_dir / 'cut'))
+    succeed(undisturbed, 29501)
+    print(f'two hosts trained {undisturbed.max_iters} steps ({config.parallel})')
+
+    hosts = launch(cut, 29502)
+    end = time.monotonic() + 120
+    while not any(int(row['step']) >= config.cut_at_step for row in metrics.read(cut.out_dir)):
+        if time.monotonic() > end or any(host.poll() is not None for host in hosts):
+            raise UserError(f'the run did not get to step {config.cut_at_step}: {outputs(hosts, 10)}')
+        time.sleep(0.01)
+    ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'down')
+    cut_at = time.monotonic()
+    texts = outputs(hosts, 6 * config.timeout_s + 500)
+    errors = [line for text in texts for line in text.splitlines() if line.startswith('error: ')]
+    step = metrics.read(cut.out_dir)[-1]['step']
+    print(f'cut at step {step}; both hosts ended {time.monotonic() - cut_at:.0f} s later with')
+    print('\n'.join(errors))
+    found = [] if len(errors) == 2 and all('lost contact' in line for line in errors) else ['no clear error', *texts]
+    found += [] if all(host.returncode for host in hosts) else ['exit code 0 in spite of the cut']
+    if int(step) + 1 >= undisturbed.max_iters:
+        found.append('the run was over before the cut')
+
+    ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'up')
+    succeed(cut, 29503)
+    found += differences(undisturbed.out_dir, cut.out_dir)
+    print('restored and resumed: ' + ('weights, optimizer state and metrics are those of the run that was not cut'
+                                      if not found else 'DIFFERENT: ' + '; '.join(found[:5])))
+    return found
+
+
+def main():
+    config = HostsConfig(**configure(HostsConfig, sys.argv[1:]))
+    try:
+        make_hosts()
+    except UserError as error:
+        print(f'skipped, no network namespaces here: {error}')
+        remove_hosts()
+        return 0
+    try:
+        return 1 if stress(config) else 0
+    finally:
+        remove_hosts()
+
+
+if __name__ == '__main__':
+    exit_on_user_error(main)

@@ -1,0 +1,208 @@
+"""
+Whatever is in the command line, the configs, the data and the checkpoints: a run works or ends with one line.
+
+FUZZ_EXAMPLES=500 python -m pytest -q test_fuzz.py tries as many cases in each test.
+"""
+import contextlib
+import io
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import sample
+from configurator import UserError
+from dataset import Dataset
+from train import TrainConfig, read_config, train
+
+MANY = settings(max_examples=int(os.environ.get('FUZZ_EXAMPLES', 30)), deadline=None, derandomize=True,
+                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+# what would only make a case slow: every run has these, after what is tried
+SMALL = dict(max_iters=2, eval_tokens=64, compile=False, device='cpu', wandb_log=False, tokens_per_param=0.0,
+             sample_tokens=0, vocab_size=0, timeout_s=60)
+
+
+@pytest.fixture(scope='module')
+def good_run(tmp_path_factory):
+    """(folder of data, folder of a run with two checkpoints); both must come out of every case as they went in."""
+    from dataset import ByteTokenizer
+    from test_train import write_dataset
+    folder = tmp_path_factory.mktemp('fuzz')
+    text = 'the quick brown fox jumps over the lazy dog. ' * 40
+    write_dataset(folder / 'data', [(split, text, True) for split in ('train', 'val')], ByteTokenizer(), 'fuzz',
+                  workers=1)
+    train(TrainConfig(out_dir=str(folder / 'run'), dataset=str(folder / 'data'), **SHAPE, **{**SMALL, 'max_iters': 4}))
+    assert len(checkpoint.find(folder / 'run')) == 2
+    return folder / 'data', folder / 'run'
+
+
+SHAPE = dict(block_size=8, batch_tokens=32, batch_size=2, n_layer=1, n_embd=16, head_dim=8, base_n_layer=1,
+             base_n_embd=8, base_head_dim=8, eval_interval=2, dtype='float32')
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in Path(folder).rglob('*') if path.is_file()}
+
+
+@contextlib.contextmanager
+def at_most_a_user_error():
+    """Anything else that is raised fails the test; what is printed is kept to itself."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except UserError as error:
+            assert '\n' not in str(error), 'an error is one line'
+
+
+# -----------------------------------------------------------------------------
+# Command lines and configs
+
+SIZES = st.sampled_from([-1, 0, 1, 2, 3, 7, 8, 16, 24, 64])
+NUMBERS = st.sampled_from([-1.0, -0.0, 0.0, 1e-45, 1e-9, 0.3, 0.5, 1.0, 1.5, 1e9, 1e30, 1e308, float('inf'),
+                           float('-inf'), float('nan')])
+WORDS = st.sampled_from(['', 'auto', 'scratch', 'resume', 'gpt3', 'completep', 'supar', 'sp', 'depth_mup', 'linear',
+                         'cosine', 'ddp', 'fsdp', 'float16', 'bfloat16', 'stdlib/../x', '\x00', 'ü', ' ', 'no such'])
+
+
+def values_of(field):
+    """Right and wrong values for a key, as text."""
+    right = {bool: st.booleans(), int: SIZES, float: NUMBERS, str: WORDS}[field.type]
+    return st.one_of(right, right, right, NUMBERS, st.text(max_size=5)).map(str)
+
+
+FIELDS = [field for field in fields(TrainConfig) if field.name not in ('out_dir', 'dataset', *SMALL)]
+CHANGES = st.lists(st.sampled_from(FIELDS).flatmap(
+    lambda field: values_of(field).map(lambda value: f'--{field.name}={value}')), min_size=1, max_size=4)
+
+
+@MANY
+@given(CHANGES)
+def test_any_command_line_runs_or_says_why_not(good_run, changes):
+    data, run = good_run
+    before = contents(data, run)
+    fixed = [f'--{key}={value}' for key, value in SMALL.items()]
+    with at_most_a_user_error():
+        train(read_config([f'--{key}={value}' for key, value in SHAPE.items()] +
+                          [f'--dataset={data}', f'--out_dir={run.parent / "other"}', '--overwrite=True', *changes,
+                           *fixed]))
+    with at_most_a_user_error():  # on a folder that holds a run, and without leave to overwrite it
+        train(read_config([f'--dataset={data}', f'--out_dir={run}', *[change for change in changes if not any(
+            word in change for word in ('overwrite', 'resume', 'auto'))], *fixed]))
+    assert contents(data, run) == before
+
+
+@MANY
+@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([f'--{field.name}' for field in fields(TrainConfig)]),
+                          st.text(max_size=12).map('--'.__add__)), max_size=4))
+def test_any_words_on_the_command_line(words):
+    with at_most_a_user_error():
+        with contextlib.suppress(SystemExit):  # --help
+            read_config(words)
+
+
+@MANY
+@given(text=st.one_of(st.text(max_size=40), st.lists(st.sampled_from(
+    ['n_layer = 3', 'n_layer = "3"', 'n_layer = [1, 2]', 'import os', 'x', 'learning_rate = 1/0', 'n_layers = 2', '(',
+     'max_iters = None', 'def f(): pass', 'seed = True', 'n_layer: 3', '\tseed = 1']), max_size=4).map('\n'.join)))
+def test_any_config_file(tmp_path, text):
+    path = tmp_path / 'any.py'
+    path.write_text(text, encoding='utf-8', errors='replace')
+    with at_most_a_user_error():
+        read_config([str(path)])
+
+
+# -----------------------------------------------------------------------------
+# Damaged files
+
+
+@st.composite
+def damage(draw):
+    """A function from the bytes of a file to other ones."""
+    how = draw(st.sampled_from(['flip', 'cut', 'grow', 'swap', 'zeros', 'gone']))
+    where, what = draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 255))
+
+    def apply(content):
+        i = int(where * len(content))
+        if how == 'flip':
+            return content[:i] + bytes([content[i] ^ what]) + content[i + 1:]
+        if how == 'cut':
+            return content[:i]
+        if how == 'grow':
+            return content[:i] + bytes([what]) + content[i:]
+        if how == 'swap':
+            return content[i:] + content[:i]
+        return content[:i] + bytes(min(what, len(content) - i)) + content[i + what:] if how == 'zeros' else None
+    return apply
+
+
+def apply_to(path, change):
+    """Damages a file; whether it is another one now."""
+    before = path.read_bytes()
+    after = change(before)
+    if after is None:
+        path.unlink()
+    else:
+        path.write_bytes(after)
+    return before != after
+
+
+@MANY
+@given(name=st.sampled_from(['meta.json', 'train.bin', 'val.bin']), change=damage())
+def test_any_damage_to_a_dataset(good_run, tmp_path, name, change):
+    folder = tmp_path / 'data'
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(good_run[0], folder)
+    apply_to(folder / name, change)
+    with at_most_a_user_error():
+        data = Dataset(folder)
+        for split, starts in (('train', data.train_starts(1, 0, 4, 8)), ('val', data.val_starts(64, 8))):
+            inputs, _ = data.batch(split, starts, 8, torch.device('cpu'))
+            assert 0 <= inputs.min() and inputs.max() < data.vocab_size
+        data.tokenizer()
+
+
+KEYS = ['dtype', 'vocab_size', 'real_vocab_size', 'bytes_per_token', 'tokenizer', 'train_tokens', 'val_tokens']
+JSON = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=5),
+                 st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2))
+
+
+@MANY
+@given(change=st.one_of(JSON, st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3)))
+def test_any_value_in_meta_json(good_run, tmp_path, change):
+    folder = tmp_path / 'data'
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(good_run[0], folder)
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, **change} if isinstance(change, dict) else change))
+    with at_most_a_user_error():
+        data = Dataset(folder)
+        data.batch('train', data.train_starts(1, 0, 4, 8), 8, torch.device('cpu'))
+        data.tokenizer()
+
+
+@MANY
+@given(which=st.integers(0, 2), change=damage())
+def test_any_damage_to_a_checkpoint_is_seen(good_run, tmp_path, which, change):
+    """And the one before it is used, by training and by sampling, and left as it is."""
+    out_dir = tmp_path / 'run'
+    shutil.rmtree(out_dir, ignore_errors=True)
+    shutil.copytree(good_run[1], out_dir)
+    newest, before = checkpoint.find(out_dir)
+    good = contents(before)
+    changed = apply_to(sorted(newest.iterdir())[which], change)
+    with at_most_a_user_error():
+        path, state = checkpoint.newest(out_dir)
+        assert path == (before if changed else newest) and checkpoint.peek(out_dir)['step'] in (state['step'], 4)
+        sample.load(sample.SampleConfig(out_dir=str(out_dir)))
+        assert contents(before) == good
+        train(read_config([f'--out_dir={out_dir}', '--init_from=resume']))
+        assert checkpoint.newest(out_dir)[1]['step'] == 4
+        return
+    pytest.fail('a good checkpoint was there')
