@@ -65,39 +65,50 @@ def make_hosts():
 
 
 def launch(config, port):
-    """torchrun on each host, as two processes."""
-    return [subprocess.Popen(
-        ['ip', 'netns', 'exec', name, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
-         '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:{port}', '--rdzv_id=1', f'--local_addr={address}',
-         # namespaces share the machine's name, by which torchrun would know who hosts the meeting
-         f'--rdzv_conf=is_host={int(name == NAMES[0])},read_timeout={config.timeout_s}',
-         ROOT / 'train.py', *(f'--{key}={value}' for key, value in asdict(config).items() if value != '')],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': cable})
-        for name, cable, address in zip(NAMES, CABLES, ADDRESSES)]
+    """torchrun on each host, as {its output file: its process}."""
+    hosts = {}
+    for name, cable, address in zip(NAMES, CABLES, ADDRESSES):
+        output = Path(f'{config.out_dir}-{name}-{port}.txt')
+        command = [
+            'ip', 'netns', 'exec', name, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2',
+            '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:{port}', '--rdzv_id=1',
+            # namespaces share the machine's name, by which torchrun would know its address and who hosts the meeting
+            f'--local_addr={address}', f'--rdzv_conf=is_host={int(name == NAMES[0])}',
+            ROOT / 'train.py', *(f'--{key}={value}' for key, value in asdict(config).items() if value != '')]
+        hosts[output] = subprocess.Popen(
+            command, stdout=open(output, 'w'), stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': cable})
+    return hosts
 
 
-def outputs(hosts, limit_s):
-    """What each host printed, when both have ended. Raises UserError for one that does not end."""
+def wait_until(condition, limit_s):
+    """Whether condition() came true within the limit."""
     end = time.monotonic() + limit_s
-    while any(host.poll() is None for host in hosts) and time.monotonic() < end:
-        time.sleep(0.1)
-    late = [name for name, host in zip(NAMES, hosts) if host.poll() is None]
-    for host in hosts:
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def have_ended(hosts):
+    return all(host.poll() is not None for host in hosts.values())
+
+
+def end(hosts):
+    """Kills what is left: torchrun and its workers."""
+    for host in hosts.values():
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(host.pid, signal.SIGKILL)  # torchrun and its workers, if any are left
-    texts = [host.communicate()[0] for host in hosts]
-    if late:
-        raise UserError(f"{' and '.join(late)} did not end within {limit_s} s: {texts}")
-    return texts
+            os.killpg(host.pid, signal.SIGKILL)
+        host.wait()
 
 
 def succeed(config, port):
     """Runs to the end on both hosts. Raises UserError if one fails."""
     hosts = launch(config, port)
-    for text, host in zip(outputs(hosts, 300), hosts):
-        if host.returncode:
-            raise UserError(f'a host failed: {text[-2000:]}')
+    wait_until(lambda: have_ended(hosts), 300)
+    failed = [output for output, host in hosts.items() if host.poll() != 0]
+    end(hosts)
+    if failed:
+        raise UserError(f'a host failed or did not end: see {failed[0]}')
 
 
 def stress(config):
@@ -115,22 +126,27 @@ def stress(config):
     print(f'two hosts trained {undisturbed.max_iters} steps ({config.parallel})')
 
     hosts = launch(cut, 29502)
-    end = time.monotonic() + 120
-    while not any(int(row['step']) >= config.cut_at_step for row in metrics.read(cut.out_dir)):
-        if time.monotonic() > end or any(host.poll() is not None for host in hosts):
-            raise UserError(f'the run did not get to step {config.cut_at_step}: {outputs(hosts, 10)}')
-        time.sleep(0.01)
+    if not wait_until(lambda: have_ended(hosts) or any(int(row['step']) >= config.cut_at_step
+                                                       for row in metrics.read(cut.out_dir)), 120) or have_ended(hosts):
+        end(hosts)
+        raise UserError(f'the run did not get to step {config.cut_at_step}: see {next(iter(hosts))}')
     ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'down')
-    cut_at = time.monotonic()
-    texts = outputs(hosts, 6 * config.timeout_s + 500)
-    errors = [line for text in texts for line in text.splitlines() if line.startswith('error: ')]
-    step = metrics.read(cut.out_dir)[-1]['step']
-    print(f'cut at step {step}; both hosts ended {time.monotonic() - cut_at:.0f} s later with')
-    print('\n'.join(errors))
-    found = [] if len(errors) == 2 and all('lost contact' in line for line in errors) else ['no clear error', *texts]
-    found += [] if all(host.returncode for host in hosts) else ['exit code 0 in spite of the cut']
-    if int(step) + 1 >= undisturbed.max_iters:
+    cut_at, found = time.monotonic(), []
+
+    def errors():
+        return [line for output in hosts for line in output.read_text().splitlines() if line.startswith('error: ')]
+    wait_until(lambda: len(errors()) == 2, 2 * config.timeout_s + 10)  # a checkpoint may have to time out first
+    step = int(metrics.read(cut.out_dir)[-1]['step'])
+    print(f'cut after step {step}; {time.monotonic() - cut_at:.0f} s later the hosts said\n' + '\n'.join(errors()))
+    if len(errors()) != 2 or not all('lost contact' in line for line in errors()):
+        found.append('no clear error on both hosts within the time-out')
+    if step + 1 >= cut.max_iters:
         found.append('the run was over before the cut')
+    wait_until(lambda: have_ended(hosts), 10)
+    for name, host in zip(NAMES, hosts.values()):
+        print(f'torchrun on {name}: ' + ('still waits, and is killed' if host.poll() is None else
+                                         f'exit code {host.returncode}'))
+    end(hosts)
 
     ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'up')
     succeed(cut, 29503)

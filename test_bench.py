@@ -1,0 +1,115 @@
+"""Tests of bench.py: the plan against figures by hand, against what autograd keeps, and against a run."""
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel
+from bench import BenchConfig, activation_bytes, measure, memory, meta_model, plan, read_bench, si, traffic
+from model import GPT, GPTConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent
+DEEP = [str(ROOT / 'config' / 'completep_1p5b_deep.py'), '--gpus=64', '--vocab_size=50304']
+
+
+def test_the_deep_model_of_the_paper_on_64_gpus(capsys):
+    """By hand: N = 832, L = 179, T = 2048, V = 50304, untied, with biases."""
+    bench, config = read_bench(['--plan', *DEEP, '--parallel=fsdp'])
+    P_block = 179 * (12 * 832**2 + 9 * 832)
+    P = P_block + 179 * 4 * 832 + 2 * 832 + 2 * 50304 * 832 + 2048 * 832
+    plan(config, bench)
+    out = capsys.readouterr().out
+    assert f'parameters                      {P:,}' in out
+    flops = 6 * (P - 50304 * 832 - 2048 * 832) + 12 * 179 * 832 * 2048
+    tokens = round(20 * P / 2**20) * 2**20
+    assert f'{tokens:,} in' in out and f'FLOPs in all                    {flops * tokens / 1e18:.3g} E' in out
+    assert f'{flops * tokens / (64 * 989e12 * 0.4) / 86400:.3g} on 64 GPU(s) of 989 TFLOP/s' in out
+    model, _ = meta_model(config)
+    rows = memory(model, config, bench, 2)
+    assert rows['weights'] == pytest.approx(4 * P / 64) and rows['AdamW moments'] == pytest.approx(8 * P / 64)
+    assert rows['activations'] == pytest.approx(8 * 2048 * (179 * 36 * 832 + 6 * 832 + 10 * 50304))
+    assert rows['activations, --recompute=True'] == pytest.approx(
+        8 * 2048 * (179 * 4 * 832 + 36 * 832 + 6 * 832 + 10 * 50304))
+    # weights twice in bf16 and gradients once in float32, all but what a GPU has itself; the root's weights once
+    sent = (2 * 2 * P_block + 4 * (P - P_block) + 4 * P) * 63 / 64
+    assert traffic(model, config, bench, 2) == pytest.approx(sent)
+
+
+def test_memory_and_traffic_by_kind_of_parallelism():
+    def of(kind, gpus, **changes):
+        bench, config = read_bench([*DEEP, f'--gpus={gpus}', f'--parallel={kind}', '--batch_size=1'])
+        model, _ = meta_model(replace(config, **changes))
+        return memory(model, replace(config, **changes), bench, 2), traffic(model, config, bench, 2), model.num_params()
+    ddp, sent, P = of('ddp', 8)
+    assert ddp['weights'] == 4 * P and ddp["DDP's buckets"] == 4 * P and sent == pytest.approx(8 * P * 7 / 8)
+    alone, sent, _ = of('ddp', 1)
+    assert alone["DDP's buckets"] == 0 and sent == 0
+    fsdp, _, _ = of('fsdp', 64)
+    hsdp, sent_hsdp, _ = of('hsdp', 64)
+    assert hsdp['weights'] == 8 * fsdp['weights']  # over the 8 of a host
+    one_host, sent_fsdp, _ = of('fsdp', 8)
+    assert hsdp['weights'] == one_host['weights']
+    assert sent_hsdp / 8 == pytest.approx(sent_fsdp / 64 + 8 * P / 8 * 7 / 8)  # per micro-batch: and between hosts
+    sparse, _, _ = of('fsdp', 64, density=0.5, parameterization='completep_supar')
+    assert sparse['weights'] == pytest.approx(fsdp['weights'] + 179 * 12 * 832**2 / 64, rel=1e-3)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('n_layer, n_embd, block_size, vocab_size', [(4, 128, 256, 256), (2, 64, 64, 1024)])
+def test_activations_are_what_autograd_keeps(dtype, recompute, n_layer, n_embd, block_size, vocab_size):
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, head_dim=32))
+    if recompute:
+        parallel.recompute(model)
+    idx, kept = torch.zeros(5, block_size, dtype=torch.long), {}
+    not_counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {tuple(shape) for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in not_counted and tuple(x.shape) not in weights:  # weights cast have their own row
+            kept[storage.data_ptr()] = x, storage.nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
+            torch.autocast('cpu', torch.bfloat16, enabled=dtype != torch.float32):
+        loss = model(idx, idx)[1]
+    product_bytes = 4 if dtype == torch.float32 else 2
+    planned = activation_bytes(model, idx.numel(), product_bytes, recompute, cpu_attention=product_bytes == 2)
+    end_bytes = idx.numel() * (n_embd * (4 + product_bytes) + vocab_size * (8 + product_bytes % 4))
+    # the logits live until the loss is there; then there is their gradient
+    found = sum(nbytes for _, nbytes in kept.values()) + (4 + product_bytes % 4) * vocab_size * idx.numel()
+    if recompute:  # and the block whose forward runs again
+        found += (activation_bytes(model, idx.numel(), product_bytes, False, product_bytes == 2) - end_bytes) / n_layer
+    assert loss.isfinite() and planned == pytest.approx(found, rel=0.06)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the allocator is told to give memory back as glibc does')
+def test_the_plan_holds_for_a_run(data_dir, capsys):
+    config = TrainConfig(dataset=data_dir, n_layer=4, n_embd=512, batch_size=8, batch_tokens=4096, dtype='float32',
+                         device='cpu')
+    planned, measured = measure(config, BenchConfig())
+    assert planned == pytest.approx(measured, rel=0.1)
+    assert re.search(r'3 steps on cpu, float32, \d+ s: peak .*B, planned .*B: off by [+-]\d+%', capsys.readouterr().out)
+
+
+def test_the_command_and_its_errors():
+    def run(*args):
+        return subprocess.run([sys.executable, ROOT / 'bench.py', *args], capture_output=True, text=True)
+    result = run('--plan', *DEEP, '--parallel=fsdp')
+    assert result.returncode == 0 and 'in all' in result.stdout and 'with --recompute=True' in result.stdout
+    for args, message in (((), 'nothing to do: use --plan'), (('--plan', '--gpus=0'), 'gpus=0 is not allowed'),
+                          (('--plan', '--gpus=3'), 'which 3 processes cannot share'),
+                          (('--plan', '--n_layer=2,4'), 'n_layer=[2, 4] is a list'),
+                          (('--plan', '--n_embd=100'), 'n_embd=100 is not allowed: use a multiple of head_dim=64')):
+        result = run(*args)
+        assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_si():
+    assert [si(x, 'B') for x in (0, 999, 1000, 1.5e9, 2.04e20)] == ['0 B', '999 B', '1 kB', '1.5 GB', '204 EB']
