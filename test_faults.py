@@ -168,6 +168,25 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(tiny):
     assert [row['step'] for row in metrics.read(tiny.out_dir)] == [str(step) for step in range(9)]
 
 
+def test_a_checkpoint_that_fails_behind_its_back_ends_the_run_at_once(tiny, monkeypatch):
+    """Not at the next checkpoint, which may be hours away."""
+    def no_space(self, metadata, results):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoint.Writer, 'finish', no_space)
+    with pytest.raises(UserError, match="ckpt_000000050' could not be written .*No space left on device.*make room"):
+        train(replace(tiny, max_iters=500, eval_interval=50))
+    assert 50 <= int(metrics.read(tiny.out_dir)[-1]['step']) < 95
+
+
+def test_what_is_newer_than_the_checkpoint_resumed_from_goes(tiny):
+    """It was damaged; with it there would be three, and in the end only it and one other."""
+    train(replace(tiny, eval_interval=2))
+    for name in ('state.json', 'checksums.json'):
+        (checkpoint.find(tiny.out_dir)[0] / name).unlink()
+    train(replace(tiny, eval_interval=2, init_from='resume'), At(tiny, 6))
+    assert [path.name for path in checkpoint.find(tiny.out_dir)] == ['ckpt_000000007', 'ckpt_000000006']
+
+
 def test_metrics_that_cannot_be_written(tiny, monkeypatch):
     log = metrics.Metrics  # its file is line by line, so that a full disk shows at the row
 
