@@ -164,6 +164,13 @@ def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, cha
     for name, p in whole.named_parameters():
         assert isinstance(values[name], DTensor) and torch.equal(values[name].full_tensor(), p), name
 
+    for block in sharded.transformer.h:  # one block after the other is gathered, its products' weights in bf16
+        block.attn.unshard()
+        assert block.attn.c_attn.weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16
+        assert block.ln_1.weight.dtype == torch.float32 and isinstance(block.ln_1.weight, DTensor)
+        block.attn.reshard()
+        assert isinstance(block.mlp.c_fc.weight, DTensor)
+
     def rules(model):
         optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu')
         names = {id(p): name for name, p in model.named_parameters()}
