@@ -496,9 +496,10 @@ def run(config, overrides, plan, study, costs):
         workers = [context.Process(target=worker_main, args=(config, overrides, *place)) for place in where]
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):
-            workers[0].join(timeout=1)
-            show()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(timeout=1)
+                show()
 
 
 # -----------------------------------------------------------------------------
