@@ -56,8 +56,6 @@ def activation_bytes(model, tokens, product_bytes, recompute, cpu_attention=Fals
     """
     c, p = model.config, product_bytes
     block = c.n_embd * (2 * 4 + 2 * p + 3 * p + p + 8 * p)
-    if p == 4:  # nothing is cast: the norm's output is the input of the product, kept once either way
-        block = c.n_embd * (2 * 4 + 14 * p)
     if cpu_attention:  # attention.py keeps its weights: for each head half of T^2, in steps of so many queries
         block += c.n_head * p * min(c.block_size, (c.block_size + QUERIES) // 2)
     blocks = c.n_layer * (4 * c.n_embd) + block if recompute else c.n_layer * block
@@ -65,12 +63,16 @@ def activation_bytes(model, tokens, product_bytes, recompute, cpu_attention=Fals
     return tokens * (blocks + end)
 
 
+def in_blocks(model):
+    """(weights in the blocks' attention and MLP, masks of a byte each)"""
+    parameters = [p for block in model.transformer.h for part in (block.attn, block.mlp) for p in part.parameters()]
+    return [sum(p.numel() for p in parameters if p.requires_grad is trained) for trained in (True, False)]
+
+
 def memory(model, config, bench, product_bytes, cpu_attention=False):
     """{what: bytes} of one device."""
     P, n = model.num_params(), bench.gpus
-    P_block = sum(p.numel() for block in model.transformer.h for part in (block.attn, block.mlp)
-                  for p in part.parameters() if p.requires_grad)
-    masks = P_block if model.config.density < 1 else 0  # a byte each
+    P_block, masks = in_blocks(model)
     over = {'ddp': 1, 'fsdp': n, 'hsdp': min(n, bench.gpus_per_host)}[config.parallel]
     _, local, micro_batches = split_batch(config, n)
     tokens = local // micro_batches * config.block_size
@@ -80,7 +82,8 @@ def memory(model, config, bench, product_bytes, cpu_attention=False):
         rows['weights cast for products'] = cast if product_bytes < 4 else 0
         rows["DDP's buckets"] = 4 * P if n > 1 else 0
     else:  # the root's tensors stay gathered, with their gradients; of the blocks' two at a time, one ahead
-        rows['weights gathered'] = 8 * (P - P_block) + 2 * (product_bytes + 4) * P_block / model.config.n_layer
+        rows['weights gathered'] = 8 * (P - P_block) + 2 * ((product_bytes + 4) * P_block + masks) / \
+            model.config.n_layer
     for name, recompute in (('activations', False), ('activations, --recompute=True', True)):
         rows[name] = activation_bytes(model, tokens, product_bytes, recompute, cpu_attention)
     return rows
@@ -89,15 +92,14 @@ def memory(model, config, bench, product_bytes, cpu_attention=False):
 def traffic(model, config, bench, product_bytes):
     """Bytes that one device sends in a step, by rings."""
     P, n = model.num_params(), bench.gpus
-    P_block = sum(p.numel() for block in model.transformer.h for part in (block.attn, block.mlp)
-                  for p in part.parameters() if p.requires_grad)
+    P_block, masks = in_blocks(model)
     micro_batches = split_batch(config, n)[2]
     if config.parallel == 'ddp':
         return 2 * 4 * P * (n - 1) / n
     over = n if config.parallel == 'fsdp' else min(n, bench.gpus_per_host)
     copies = n // over
     # in each micro-batch: weights for the forward and again, but the root's, for the backward; gradients in float32
-    per_micro = (2 * product_bytes * P_block + 4 * (P - P_block) + 4 * P) * (over - 1) / over
+    per_micro = (2 * (product_bytes * P_block + masks) + 4 * (P - P_block) + 4 * P) * (over - 1) / over
     return micro_batches * (per_micro + 2 * 4 * P / over * (copies - 1) / copies)
 
 
@@ -130,6 +132,8 @@ def plan(config, bench):
     steps, _ = duration(config, model.num_params())
     tokens = steps * config.batch_tokens
     sequences, local, micro_batches = split_batch(config, bench.gpus)
+    if config.parallel == 'hsdp' and bench.gpus > bench.gpus_per_host and bench.gpus % bench.gpus_per_host:
+        raise UserError(f'gpus={bench.gpus} is no multiple of gpus_per_host={bench.gpus_per_host}, as hsdp needs it')
     flops = model.flops_per_token()
     days = flops * tokens / (bench.gpus * bench.peak_flops * bench.mfu) / 86400
     print(f'{config.parameterization}: {config.n_layer} layers x {config.n_embd}, {vocabulary}')
@@ -155,8 +159,8 @@ def run_and_measure(config, steps, queue):
     need."""
     device = pick_device(config.device)
     torch.set_num_threads(1)
-    config = replace(config, out_dir='', max_iters=steps, tokens_per_param=0.0, eval_interval=0, compile=False,
-                     eval_tokens=config.block_size)
+    config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, eval_interval=0,
+                     compile=False, eval_tokens=config.block_size)
     train(replace(config, n_layer=1, n_embd=config.head_dim, batch_tokens=config.block_size, max_iters=1))
     tiny = peak_memory(device)
     train(config)
@@ -180,7 +184,7 @@ def measure(config, bench):
     dtype = pick_dtype(config.dtype, device)
     model, _ = meta_model(config)
     product_bytes = 4 if dtype == torch.float32 else 2
-    rows = memory(model, config, replace(bench, gpus=1), product_bytes,
+    rows = memory(model, replace(config, parallel='ddp'), replace(bench, gpus=1), product_bytes,
                   cpu_attention=device.type == 'cpu' and product_bytes == 2)
     del rows['activations' if config.recompute else 'activations, --recompute=True']
     planned = sum(rows.values())

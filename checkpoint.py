@@ -6,6 +6,7 @@ torch.distributed.checkpoint writes and any number of processes can read; state.
 has another name until all is on disk. There is no state of a random generator because a run keeps none: data order,
 dropout, init and masks are functions of seeds, step and rank (see train.py).
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from configurator import UserError, first_line
 from model import GPT, GPTConfig
-from parallel import lost_contact
+from parallel import lost_contact, rank_and_world_size
 
 KEPT = 2
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
@@ -55,7 +56,8 @@ def flush_folder(path):
     """Makes what was created or renamed in a folder durable, where the system can."""
     if hasattr(os, 'O_DIRECTORY'):
         folder = os.open(path, os.O_DIRECTORY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(folder)
         os.close(folder)
 
 
@@ -94,14 +96,16 @@ class Writer(HuggingFaceStorageWriter):
         write_atomically(folder / STATE, json.dumps(self.state, indent=1).encode())
         sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
         write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
-        if self.final.exists():  # a damaged one, or it would have been resumed from
+        if self.final.exists():  # was passed over, and the run has come here again
             remove(self.final)
         os.rename(folder, self.final)
         flush_folder(self.final.parent)
-        # what is newer was damaged, and is of a run that took another turn
-        others = [old for old in find(self.final.parent) if old.name < self.final.name]
-        for old in [old for old in find(self.final.parent) if old.name > self.final.name] + others[KEPT - 1:]:
-            remove(old)
+        # what is newer was passed over, too: it may be somebody's evidence
+        for old in [path for path in find(self.final.parent) if path.name <= self.final.name][KEPT:]:
+            try:
+                remove(old)
+            except OSError as error:  # the new one is whole all the same
+                print(f'warning: {old} could not be removed: {error}', file=sys.stderr)
 
 
 class Checkpoints:
@@ -113,9 +117,12 @@ class Checkpoints:
             self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout_s))
 
     def clean(self, step):
-        """Removes what an earlier process left half-written, and before the first step all there is."""
-        for path in [*self.out_dir.glob('*.tmp'), *(find(self.out_dir) if step == 0 else [])]:
-            remove(path)
+        """Removes what an earlier process left half-written, and before the first step all. Raises UserError."""
+        try:
+            for path in [*self.out_dir.glob('ckpt_*.tmp'), *(find(self.out_dir) if step == 0 else [])]:
+                remove(path)
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be removed: {error}") from None
 
     def save(self, step, model, optimizer, state):
         """Begins to write a copy of the tensors, and `state`, a dict for JSON; training can go on. Raises UserError."""
@@ -137,9 +144,10 @@ class Checkpoints:
             if writing:
                 writing.result()
         except (CheckpointException, OSError, RuntimeError) as error:
-            shutil.rmtree(f'{self.path}.tmp', ignore_errors=True)  # it may be what fills the disk
             if lost_contact(cause(error)):
                 raise cause(error) from None
+            if rank_and_world_size()[0] == 0:
+                shutil.rmtree(f'{self.path}.tmp', ignore_errors=True)  # it may be what fills the disk
             raise UserError(f"'{self.path}' could not be written ({first_line(cause(error))}): make room, go on from "
                             'the one before it with --init_from=resume') from None
 
@@ -155,8 +163,8 @@ def damage(path, names=None):
     """
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
-        if not isinstance(sums, dict) or {file.name for file in path.iterdir()} != {*sums, CHECKSUMS}:
-            return f'it does not hold the files that {CHECKSUMS} lists'
+        if not isinstance(sums, dict) or any(file.name not in sums for file in path.glob('*.safetensors')):
+            return f'it does not hold what {CHECKSUMS} lists'
         changed = [name for name in names or sums if checksum(path / name) != sums[name]]
         return f"{', '.join(changed)} changed after it was written" if changed else None
     except (OSError, ValueError, KeyError) as error:
@@ -198,7 +206,9 @@ def read(path, tensors, alone=False):
     try:
         reader.read_metadata()  # fails in one line, load() in many
         dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
-    except (CheckpointException, Exception) as error:  # safetensors, DCP and the system each have their own
+    except (CheckpointException, Exception) as error:  # DCP's own is no Exception
+        if lost_contact(cause(error)):
+            raise cause(error) from None
         raise UserError(f"'{path}' cannot be read ({first_line(cause(error))}): remove it to go on from the one "
                         'before') from None
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,12 +39,12 @@ def describe(model, optimizer):
 
 
 def read(out_dir):
-    """Rows of metrics.csv as dicts of text; none if there is no file."""
+    """Rows of metrics.csv as dicts of text, but for one that was cut off; none if there is no file."""
     path = Path(out_dir) / 'metrics.csv'
     if not path.exists():
         return []
     with open(path, newline='') as file:
-        return [row for row in csv.DictReader(file) if (row['step'] or '').isdigit()]
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 class Metrics:
@@ -57,6 +57,8 @@ class Metrics:
         kept = [row for row in read(out_dir) if int(row['step']) < first_step]
         temporary = Path(f'{path}.tmp')
         with self.writing():
+            for name in ('summary.json', 'loss.png', 'model.safetensors'):  # of an earlier end
+                (self.out_dir / name).unlink(missing_ok=True)
             (self.out_dir / 'config.json').write_text(json.dumps(config, indent=1))
             with open(temporary, 'w', newline='') as file:
                 writer = csv.DictWriter(file, FIELDS, restval='', extrasaction='ignore')
@@ -108,12 +110,22 @@ class Metrics:
         elif 'val_loss' in row:
             self.bar.write(text)
 
-    def finish(self, summary, title):
-        """Closes, writes summary.json and returns the path of the plot."""
+    def flush(self):
+        """Until all rows are on disk."""
+        with self.writing():
+            os.fsync(self.file.fileno())
+
+    def close(self):
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # of rows that could not be written, which has been said
+            self.file.close()
         if self.wandb:
             self.wandb.finish()
+            self.wandb = None
+
+    def finish(self, summary, title):
+        """Closes, writes summary.json and returns the path of the plot."""
+        self.close()
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in summary.items()}  # JSON has neither infinity nor nan
         with self.writing():

@@ -24,20 +24,19 @@ KINDS = ('ddp', 'fsdp', 'hsdp')
 
 
 def join_processes(device, timeout_s):
-    """Under torchrun: joins the process group and returns the device for this process. Raises UserError."""
+    """Under torchrun: joins the process group and makes this process's GPU the current one. Raises UserError."""
     if 'RANK' not in os.environ:
-        return device
+        return
     if device not in ('auto', 'cuda', 'cpu'):
         raise UserError(f"device='{device}' is not for several processes: use auto, cuda or cpu")
     timeout = timedelta(seconds=timeout_s)
     if device == 'cpu' or not torch.cuda.is_available():
         dist.init_process_group('gloo', timeout=timeout)
-        return device
+        return
     device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.cuda.set_device(device)
     # gloo for what the CPUs tell each other: checkpoints, and whether to stop
     dist.init_process_group('cpu:gloo,cuda:nccl', timeout=timeout, device_id=torch.device(device))
-    return device
 
 
 def lost_contact(error):

@@ -110,7 +110,7 @@ def differences(a, b):
     (path_a, state_a), (path_b, state_b) = checkpoint.newest(a), checkpoint.newest(b)
     if (state_a['step'], state_a['best_val_loss']) != (state_b['step'], state_b['best_val_loss']):
         found.append(f"step {state_a['step']} and {state_b['step']}")
-    tensors_a, tensors_b = ({name: value for file in sorted(path.glob('*.safetensors'))
+    tensors_a, tensors_b = ({f'{file.name}: {name}': value for file in sorted(path.glob('*.safetensors'))
                              for name, value in load_file(file).items()} for path in (path_a, path_b))
     if tensors_a.keys() != tensors_b.keys():
         return [*found, 'names of tensors']

@@ -76,7 +76,7 @@ def launch(config, port):
             f'--local_addr={address}', f'--rdzv_conf=is_host={int(name == NAMES[0])}',
             ROOT / 'train.py', *(f'--{key}={value}' for key, value in asdict(config).items() if value != '')]
         hosts[output] = subprocess.Popen(
-            command, stdout=open(output, 'w'), stderr=subprocess.STDOUT, start_new_session=True,
+            command, stdout=open(output, 'w'), stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': cable})
     return hosts
 
@@ -95,9 +95,11 @@ def have_ended(hosts):
 
 def end(hosts):
     """Kills what is left: torchrun and its workers."""
+    for name in NAMES:  # torchrun gives its workers sessions of their own
+        for pid in subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
     for host in hosts.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(host.pid, signal.SIGKILL)
         host.wait()
 
 

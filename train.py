@@ -357,11 +357,22 @@ def run(config, stop, at_end):
                 yield loss  # its backward runs here, inside no_sync and outside autocast
 
     def save(step):
+        if log:
+            log.flush()  # the rows before a checkpoint are as safe as itself
         checkpoints.save(step, model, optimizer, dict(
             tokens=step * c.batch_tokens, best_val_loss=best_val_loss, scaler=scaler.state_dict(), config=asdict(c),
             model_config=asdict(model.config), meta=data.meta))
 
     log, checkpoints = None, checkpoint.Checkpoints(c.out_dir, c.timeout_s) if writes else None
+
+    def settle():
+        """After an error, which must not be hidden by what the checkpoint that is being written may raise."""
+        try:
+            checkpoints.wait()
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr)
+        if log:
+            log.close()
 
     def open_log():
         nonlocal log
@@ -370,8 +381,8 @@ def run(config, stop, at_end):
         if c.wandb_log:
             log.start_wandb(c.wandb_project, c.wandb_run_name or c.out_dir, asdict(c))
     if writes:
-        at_end.callback(checkpoints.wait)
         parallel.from_first(open_log)
+        at_end.callback(settle)
 
     # the loop: at step k the loss of batch k, and the validation loss, belong to the weights after k updates
     val_loss, loss, grad_norm, diverged_at, stopped_by, skipped_steps = math.inf, math.nan, math.nan, None, None, 0
@@ -412,7 +423,7 @@ def run(config, stop, at_end):
         if diverged:
             diverged_at = step
             break
-        if grad_norm > c.skip_grad_norm > 0:
+        if math.isfinite(grad_norm) and grad_norm > c.skip_grad_norm > 0:
             skipped_steps += 1
             say(f'step {step} skipped: gradient norm {grad_norm:.4g} is above skip_grad_norm={c.skip_grad_norm:g}')
         if writes:
@@ -476,10 +487,10 @@ def read_config(argv):
 def main():
     """Returns the exit code: 0, 3 for a run that diverged, 128 + the signal that stopped it. Raises UserError."""
     config = read_config(sys.argv[1:])
-    device = parallel.join_processes(config.device, config.timeout_s)
     try:
+        parallel.join_processes(config.device, config.timeout_s)
         with StopSignals() as stop:
-            summary = train(replace(config, device=device), stop)
+            summary = train(config, stop)
     except Exception as error:
         if not parallel.lost_contact(error):
             raise

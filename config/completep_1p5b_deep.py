@@ -1,5 +1,5 @@
 # The deep 1.5B-parameter shape of arXiv:2505.01618, N=832, L=179 (N:L = 5), all else as in completep_1p5b_wide.
-# Hardware: 8 GPUs with 80 GB. Time: not measured. Loss: not measured.
+# Hardware: 8 GPUs with 80 GB, --parallel=fsdp --recompute=True. Time: not measured. Loss: not measured.
 from completep_1p5b_wide import *
 
 out_dir = 'out/completep_1p5b_deep'

@@ -1,5 +1,5 @@
 # The wide 1.5B-parameter shape of arXiv:2505.01618, N=1984, L=32 (N:L = 62), base hyperparameters as in completep_124m.
-# Hardware: 8 GPUs with 80 GB. Time: not measured. Loss: not measured. The batch size is our choice.
+# Hardware: 8 GPUs with 80 GB, --parallel=fsdp. Time: not measured. Loss: not measured. The batch size is our choice.
 from completep_124m import *
 
 out_dir = 'out/completep_1p5b_wide'
