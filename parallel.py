@@ -80,6 +80,11 @@ def recompute(model):
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
+def to_compile(model, sharded):
+    """The modules to give to torch.compile: of a sharded model those between which nothing is gathered."""
+    return [part for block in model.transformer.h for part in (block.attn, block.mlp)] if sharded else [model]
+
+
 def shard(model, kind, device, dtype):
     """Shards a model in place, block by block, with blocks' weights sent and used as `dtype`, gradients as float32.
 

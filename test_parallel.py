@@ -180,6 +180,24 @@ def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, cha
     assert sharded.flops_per_token() == whole.flops_per_token()
 
 
+@pytest.mark.parametrize('recompute', [False, True])
+def test_a_sharded_model_compiles_without_a_break(group, monkeypatch, recompute):
+    """Whole blocks would break at every gathering and, recomputed, run uncompiled without a word."""
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
+    model = GPT(GPTConfig(block_size=16, vocab_size=63, n_layer=3, n_embd=32, head_dim=16))
+    graphs = []
+    if recompute:
+        parallel.recompute(model)
+    for part in parallel.to_compile(model, sharded=True):
+        part.compile(dynamic=False, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    parallel.shard(model, 'fsdp', torch.device('cpu'), torch.float32)
+    idx = torch.zeros(2, 16, dtype=torch.long)
+    for _ in range(2):
+        model(idx, idx)[1].backward()
+    assert len(graphs) >= 2  # attention and MLP; all layers may share them
+    assert parallel.to_compile(model, sharded=False) == [model]
+
+
 def test_sharding_needs_processes(tiny):
     with pytest.raises(UserError, match="parallel='fsdp' shards over the processes of torchrun"):
         train(replace(tiny, parallel='fsdp'))

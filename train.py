@@ -292,7 +292,7 @@ def run(config, stop, at_end):
     if c.recompute:
         parallel.recompute(model)
     if c.compile and not reason:
-        for part in model.transformer.h if sharded else [model]:
+        for part in parallel.to_compile(model, sharded):
             part.compile(dynamic=False)
     if sharded:
         parallel.shard(model, c.parallel, device, dtype)
