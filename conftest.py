@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from dataset import ByteTokenizer
+from train import TrainConfig
 from write_dataset import write_dataset
 
 
@@ -14,3 +15,12 @@ def data_dir(tmp_path_factory):
     write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
                   ByteTokenizer(), 'words')
     return str(folder)
+
+
+@pytest.fixture
+def tiny(tmp_path, data_dir):
+    """A run of 8 steps in milliseconds, that writes every row."""
+    return TrainConfig(
+        out_dir=str(tmp_path / 'out'), dataset=data_dir, block_size=16, batch_tokens=128, batch_size=4, max_iters=8,
+        n_layer=2, n_embd=32, head_dim=16, base_n_layer=1, base_n_embd=16, base_head_dim=16, learning_rate=1e-2,
+        eval_interval=4, eval_tokens=512, log_interval=1, compile=False, dtype='float32', device='cpu')

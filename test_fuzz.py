@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 import checkpoint
 import sample
 from configurator import UserError
-from dataset import Dataset
+from dataset import ByteTokenizer, Dataset
 from train import TrainConfig, read_config, train
+from write_dataset import write_dataset
 
 MANY = settings(max_examples=int(os.environ.get('FUZZ_EXAMPLES', 30)), deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -32,8 +33,6 @@ SMALL = dict(max_iters=2, eval_tokens=64, compile=False, device='cpu', wandb_log
 @pytest.fixture(scope='module')
 def good_run(tmp_path_factory):
     """(folder of data, folder of a run with two checkpoints); both must come out of every case as they went in."""
-    from dataset import ByteTokenizer
-    from test_train import write_dataset
     folder = tmp_path_factory.mktemp('fuzz')
     text = 'the quick brown fox jumps over the lazy dog. ' * 40
     write_dataset(folder / 'data', [(split, text, True) for split in ('train', 'val')], ByteTokenizer(), 'fuzz',

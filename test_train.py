@@ -28,14 +28,6 @@ from write_dataset import parquet_documents, write_dataset
 ROOT = Path(__file__).resolve().parent
 
 
-@pytest.fixture
-def tiny(tmp_path, data_dir):
-    return TrainConfig(
-        out_dir=str(tmp_path / 'out'), dataset=data_dir, block_size=16, batch_tokens=128, batch_size=4, max_iters=8,
-        n_layer=2, n_embd=32, head_dim=16, base_n_layer=1, base_n_embd=16, base_head_dim=16, learning_rate=1e-2,
-        eval_interval=4, eval_tokens=512, log_interval=1, compile=False, dtype='float32', device='cpu')
-
-
 def state_of(out_dir):
     """All that the newest checkpoint holds; the optimizer's moments by name."""
     path, state = checkpoint.newest(out_dir)
