@@ -12,7 +12,7 @@ from configurator import UserError
 
 # Ctrl-C; kill, torchrun and most schedulers; what SLURM sends before it takes a machine away, if asked to
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
-SAME_S = 1.0  # a terminal and torchrun both pass on one Ctrl-C
+SAME_S = 1.0  # torchrun may pass one signal on twice
 
 
 class StopSignals:
