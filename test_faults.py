@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -312,7 +313,9 @@ def test_a_gradient_that_is_not_finite_still_stops_the_run(tiny, monkeypatch):
 def test_three_kills_change_nothing(tmp_path, capsys):
     config = stress_faults.StressConfig(kills=3, out_dir=str(tmp_path / 'stress'), steps_per_kill=60)
     assert stress_faults.stress(config) == []
-    assert '3 kills (' in (out := capsys.readouterr().out) and '1 while writing' in out and '180 steps' in out
+    out = capsys.readouterr().out
+    assert '3 kills (' in out and '180 steps' in out
+    assert re.search(r'[1-3] while writing', out)  # the last one waits for a write, the others may meet one
 
 
 def test_the_comparison_sees_what_a_bad_resume_would_do(tiny, tmp_path):
