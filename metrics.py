@@ -3,6 +3,7 @@ What a run reports: the table of rules, lines or a progress bar on the terminal,
 and, if asked, Weights & Biases.
 """
 import csv
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from checkpoint import write_atomically
 from configurator import UserError
 from model import ROLES
 
@@ -55,16 +57,15 @@ class Metrics:
         self.steps, self.out_dir = steps, Path(out_dir)
         path = self.out_dir / 'metrics.csv'
         kept = [row for row in read(out_dir) if int(row['step']) < first_step]
-        temporary = Path(f'{path}.tmp')
         with self.writing():
             for name in ('summary.json', 'loss.png', 'model.safetensors'):  # of an earlier end
                 (self.out_dir / name).unlink(missing_ok=True)
             (self.out_dir / 'config.json').write_text(json.dumps(config, indent=1))
-            with open(temporary, 'w', newline='') as file:
-                writer = csv.DictWriter(file, FIELDS, restval='', extrasaction='ignore')
-                writer.writeheader()
-                writer.writerows(kept)
-            os.replace(temporary, path)
+            text = io.StringIO(newline='')
+            writer = csv.DictWriter(text, FIELDS, restval='', extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(kept)
+            write_atomically(path, text.getvalue().encode())
             self.file = open(path, 'a', newline='')
         self.writer = csv.DictWriter(self.file, FIELDS, restval='')
         self.wandb = None
