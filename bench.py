@@ -1,34 +1,69 @@
 """
-What a training run would need, on paper, and how far that is from what one needs here.
+How fast training, sampling, data preparation and sweeps are here, beside others and beside what the machine can do.
 
-    python bench.py --plan config/completep_1p5b_deep.py --gpus=64 --parallel=fsdp
-    python bench.py --plan config/completep_small.py --measure=True         and three of its steps, on this machine
+    python bench.py config/bench_4x128.py                                   a training step, part by part
+    python bench.py config/bench_4x128.py --peer=../nanoGPT                 beside the model.py of a clone of nanoGPT
+    python bench.py config/bench_6x384.py --sample [--peer=../nanoGPT]      tokens sampled per second
+    python bench.py --prepare --text=big.txt                                tokens prepared per second
+    python bench.py config/sweep_base.py --sweep                            trials per minute
+    python bench.py config/completep_1p5b_deep.py --plan --gpus=64 --parallel=fsdp
+    python bench.py config/completep_small.py --plan --measure=True         and three of its steps, on this machine
 
-Keys are those of train.py and the ones below. Memory is that of one GPU, for a model that is not compiled:
-torch.compile needs less for activations. What the allocator and the libraries take is on top.
+What is compared takes turns, A B A B; every figure is a median over the turns, with the least and the largest. Keys are
+those of train.py and the ones below.
 """
-import math
-import multiprocessing
+import csv
+import json
 import os
-import re
+import platform
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from attention import QUERIES
+from bench_worker import PARTS, build_peer, wait_for
 from configurator import UserError, configure, exit_on_user_error, require_at_least
-from dataset import DATA_DIR, Dataset
-from hardware import pick_device, pick_dtype
-from model import GPT
-from sweep import gpt_config
-from train import TrainConfig, duration, split_batch, train
+from dataset import Dataset
+from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype
+from plan import measure, meta_model, plan, si
+from stack import why_not_stack
+from train import TrainConfig, build_model
+
+HERE = Path(__file__).resolve().parent
+KINDS = ('plan', 'sample', 'prepare', 'sweep')
+
+
+def whole_numbers(text):
+    """The numbers of a list like '1,8'. Raises UserError."""
+    try:
+        numbers = [int(part) for part in text.split(',')]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise UserError(f"'{text}' is not a list of whole numbers of at least 1, like 1,8")
+    return numbers
 
 
 @dataclass
 class BenchConfig:
+    out_csv: str = ''                      # file to append the figures to, a row for each contestant
+    turns: int = 5                         # of each contestant
+    turn_s: float = 2.0                    # about as long as a turn is
+    peer: str = ''                         # folder with the model.py of a nanoGPT-shaped project
+    sample: bool = False                   # sampling instead of training
+    batch_sizes: str = '1,8'               # of --sample
+    lengths: str = '64,256'                # new tokens, of --sample
+    prepare: bool = False                  # data preparation
+    text: str = ''                         # file to prepare; '': text made up, of so many MB:
+    text_mb: int = 100
+    sweep: bool = False                    # trials of a sweep
+    trials: int = 8
     plan: bool = False                     # print parameters, FLOPs, memory, traffic and days
     gpus: int = 1
     gpus_per_host: int = 8                 # what hsdp shards over
@@ -37,174 +72,321 @@ class BenchConfig:
     measure: bool = False                  # also run three steps here, in a process of their own
 
     def __post_init__(self):
-        require_at_least(self, gpus=1, gpus_per_host=1, peak_flops=1, mfu=1e-6)
+        require_at_least(self, gpus=1, gpus_per_host=1, peak_flops=1, mfu=1e-6, turns=1, turn_s=0, trials=1, text_mb=1)
+        whole_numbers(self.batch_sizes), whole_numbers(self.lengths)
+        if sum(getattr(self, kind) for kind in KINDS) > 1:
+            raise UserError(f"choose one of {', '.join('--' + kind for kind in KINDS)}")
+        if self.peer and not (Path(self.peer) / 'model.py').is_file():
+            raise UserError(f"peer='{self.peer}' has no model.py: give the folder of a clone of nanoGPT or of a fork")
 
 
-UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where the dataset is not here to say
+def spread(values, digits=1):
+    """'median (least..largest)'"""
+    return f'{median(values):,.{digits}f} ({min(values):,.{digits}f}..{max(values):,.{digits}f})'
+
 
 # -----------------------------------------------------------------------------
-# Memory of one device and traffic of one step, in bytes; P parameters, P_block of them in the blocks' attention and MLP
+# A training step
 
 
-def activation_bytes(model, tokens, product_bytes, recompute, cpu_attention=False):
-    """What the backward of `tokens` tokens needs to keep.
-
-    A block keeps, in float32, the input of each norm, and as inputs of products (product_bytes each): the outputs of
-    the norms, queries, keys, values, attention's output, and the MLP's hidden layer before and after GELU. At the end
-    there are the last norm's input and output, the logits, and their logarithms in float32 twice, once for their
-    gradient.
-    """
-    c, p = model.config, product_bytes
-    block = c.n_embd * (2 * 4 + 2 * p + 3 * p + p + 8 * p)
-    if cpu_attention:  # attention.py keeps its weights: for each head half of T^2, in steps of so many queries
-        block += c.n_head * p * min(c.block_size, (c.block_size + QUERIES) // 2)
-    blocks = c.n_layer * (4 * c.n_embd) + block if recompute else c.n_layer * block
-    end = c.n_embd * (4 + p) + c.vocab_size * (2 * 4 + (p if p < 4 else 0))
-    return tokens * (blocks + end)
+def peer_settings(as_shipped):
+    """(name, dtype, compiled) of the ways in which a peer is run."""
+    return [('as shipped', as_shipped, True), ('not compiled', as_shipped, False), ('bfloat16', 'bfloat16', False),
+            ('bfloat16, compiled', 'bfloat16', True)]
 
 
-def in_blocks(model):
-    """(weights in the blocks' attention and MLP, masks of a byte each)"""
-    parameters = [p for block in model.transformer.h for part in (block.attn, block.mlp) for p in part.parameters()]
-    return [sum(p.numel() for p in parameters if p.requires_grad is trained) for trained in (True, False)]
+class Contestant:
+    """A process of bench_worker.py, started now, and what its turns took."""
+
+    def __init__(self, name, **spec):
+        self.name, started = name, time.perf_counter()
+        self.errors = tempfile.TemporaryFile('w+')
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / 'bench_worker.py'), json.dumps(spec)], text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.first_step_alone_s = self.answer()['first_step_s']
+        self.first_step_s = time.perf_counter() - started  # from the start of the process
+        self.turns, self.peak_bytes, self.steps = [], 0, 2
+        self.turn()  # warm-up
+        self.turns = []
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            reason = (self.errors.read().strip().splitlines() or ['no reason given'])[-1]
+            raise UserError(f'{self.name} ended with an error: {reason}')
+        return json.loads(line)
+
+    def turn(self):
+        print(self.steps, file=self.process.stdin)
+        answer = self.answer()
+        self.turns += answer['seconds']
+        self.peak_bytes = answer['peak_bytes']
+
+    @property
+    def step_s(self):
+        return [sum(parts) for parts in self.turns]
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
 
 
-def memory(model, config, bench, product_bytes, cpu_attention=False):
-    """{what: bytes} of one device."""
-    P, n = model.num_params(), bench.gpus
-    P_block, masks = in_blocks(model)
-    over = {'ddp': 1, 'fsdp': n, 'hsdp': min(n, bench.gpus_per_host)}[config.parallel]
-    _, local, micro_batches = split_batch(config, n)
-    tokens = local // micro_batches * config.block_size
-    rows = {'weights': (4 * P + masks) / over, 'gradients': 4 * P / over, 'AdamW moments': 8 * P / over}
-    if config.parallel == 'ddp':
-        cast = product_bytes * (P - model.transformer.wte.weight.numel() - model.transformer.wpe.weight.numel())
-        rows['weights cast for products'] = cast if product_bytes < 4 else 0
-        rows["DDP's buckets"] = 4 * P if n > 1 else 0
-    else:  # the root's tensors stay gathered, with their gradients; of the blocks' two at a time, one ahead
-        rows['weights gathered'] = 8 * (P - P_block) + 2 * ((product_bytes + 4) * P_block + masks) / \
-            model.config.n_layer
-    for name, recompute in (('activations', False), ('activations, --recompute=True', True)):
-        rows[name] = activation_bytes(model, tokens, product_bytes, recompute, cpu_attention)
+def bench_step(config, bench):
+    """Prints and returns the figures of a training step, a dict for each contestant. Raises UserError."""
+    c = replace(config, batch_size=config.batch_tokens // config.block_size)
+    Dataset(c.dataset)  # what is wrong with it is to be said here
+    device = pick_device(c.device)
+    dtype = pick_dtype(c.dtype, device)
+    ours = asdict(c)
+    entries = [('nanoP', dict(kind='ours', config=ours)), ('its products alone', dict(kind='products', config=ours))]
+    if bench.peer:
+        as_shipped = str(dtype)[6:] if device.type == 'cuda' else 'float32'  # on a CPU nanoGPT does not autocast
+        for name, peer_dtype, compiled in peer_settings(as_shipped):
+            entries.append((f'peer, {name}', dict(kind='peer', peer=bench.peer, dtype=peer_dtype,
+                                                  config=dict(ours, compile=compiled))))
+    contestants = []
+    try:
+        for name, spec in entries:
+            print(f'starting: {name}', file=sys.stderr)
+            contestants.append(Contestant(name, **spec))
+        for contestant in contestants:
+            contestant.steps = max(1, round(bench.turn_s / min(contestant.step_s or [bench.turn_s])))
+        for turn in range(bench.turns):
+            for contestant in contestants:
+                contestant.turn()
+    finally:
+        for contestant in contestants:
+            contestant.end()
+
+    model, vocabulary = meta_model(c)
+    flops = c.batch_tokens * model.flops_per_token()
+    in_products = sum(6 * c.batch_tokens * module.weight.numel() for module in model.modules()
+                      if isinstance(module, torch.nn.Linear))
+    best = {contestant.name: median(contestant.step_s) for contestant in contestants}
+    product_rate, peak = in_products / best['its products alone'], peak_flops(device, dtype)
+    print(f'\n{c.n_layer} layers x {c.n_embd}, {model.num_params():,} parameters, {vocabulary}; '
+          f'{c.batch_tokens // c.block_size} x {c.block_size} tokens a step on {device}, {str(dtype)[6:]}')
+    print(f"matrix products of these shapes: {si(product_rate, 'FLOP/s')}"
+          + (f' of {si(peak, "FLOP/s")}' if peak else '') + '\n')
+    print(f"{'':<28}{'tokens/s':>10}  {'ms a step':<28}{'data':>6}{'fwd':>8}{'bwd':>8}{'opt':>8}"
+          f"{'of products':>13}{'1st step, s':>13}{'compile, s':>12}{'peak, MB':>10}{'nanoP is':>10}")
+    rows = []
+    for contestant in contestants:
+        step_s, parts = best[contestant.name], [1e3 * median(part) for part in zip(*contestant.turns)]
+        row = dict(
+            contestant=contestant.name, tokens_per_s=c.batch_tokens / step_s, step_ms=1e3 * step_s,
+            step_ms_min=1e3 * min(contestant.step_s), step_ms_max=1e3 * max(contestant.step_s),
+            **{f'{part}_ms': value for part, value in zip(PARTS, parts)}, flops_per_s=flops / step_s,
+            of_products_frac=flops / step_s / product_rate, of_peak_frac=flops / step_s / peak if peak else '',
+            first_step_s=contestant.first_step_s, compile_s=max(0.0, contestant.first_step_alone_s - step_s),
+            peak_mb=contestant.peak_bytes / 1e6, nanop_is_faster_by=step_s / best['nanoP'])
+        rows.append(row)
+        alone = contestant.name == 'its products alone'
+        ms = spread([1e3 * s for s in contestant.step_s])
+        print(f"{contestant.name:<28}{row['tokens_per_s']:>10,.0f}  {ms:<28}{parts[0]:>6.1f}{parts[1]:>8.1f}"
+              f"{parts[2]:>8.1f}{parts[3]:>8.1f}" + ('' if alone else
+              f"{row['of_products_frac']:>13.0%}{row['first_step_s']:>13.1f}{row['compile_s']:>12.1f}"
+              f"{row['peak_mb']:>10,.0f}{row['nanop_is_faster_by']:>9.2f}x"))
     return rows
 
 
-def traffic(model, config, bench, product_bytes):
-    """Bytes that one device sends in a step, by rings."""
-    P, n = model.num_params(), bench.gpus
-    P_block, masks = in_blocks(model)
-    micro_batches = split_batch(config, n)[2]
-    if config.parallel == 'ddp':
-        return 2 * 4 * P * (n - 1) / n
-    over = n if config.parallel == 'fsdp' else min(n, bench.gpus_per_host)
-    copies = n // over
-    # in each micro-batch: weights for the forward and again, but the root's, for the backward; gradients in float32
-    per_micro = (2 * (product_bytes * P_block + masks) + 4 * (P - P_block) + 4 * P) * (over - 1) / over
-    return micro_batches * (per_micro + 2 * 4 * P / over * (copies - 1) / copies)
+# -----------------------------------------------------------------------------
+# Sampling, data preparation, sweeps
+
+
+def take_turns(turns, contestants):
+    """{name: seconds of its turns} for {name: what it does in a turn}, which returns the seconds it took."""
+    taken = {name: [] for name in contestants}
+    for _ in range(turns):
+        for name, turn in contestants.items():
+            taken[name].append(turn())
+    return taken
+
+
+def without_cache(model, ids, new_tokens):
+    """Greedy continuation of ids (B, T) by the whole context for each token: what the cache must not change."""
+    for _ in range(new_tokens):
+        logits = model.unembed(model.features(ids[:, -model.config.block_size:])[:, -1])
+        ids = torch.cat((ids, logits[:, :model.config.real_vocab_size].argmax(-1, keepdim=True)), dim=1)
+    return ids
+
+
+@torch.no_grad()
+def bench_sample(config, bench):
+    """Prints and returns the figures of sampling, likeliest tokens after a prompt of one. Raises UserError."""
+    device = pick_device(config.device)
+    dtype, data = pick_dtype(config.dtype, device), Dataset(config.dataset)
+    keep_freed_memory()
+    model = build_model(config, data).to(device).eval()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    peer = build_peer(bench.peer, asdict(model.config)).to(device).eval() if bench.peer else None
+    rows = []
+    print(f"{'batch':>5}{'new tokens':>12}  {'':<30}{'tokens/s':>10}  {'ms a token':<26}{'nanoP is':>10}")
+    for batch_size in whole_numbers(bench.batch_sizes):
+        for length in whole_numbers(bench.lengths):
+            ids, made = torch.zeros(batch_size, 1, dtype=torch.long, device=device), {}
+
+            def turn(name, generate, context):
+                def run():
+                    wait_for(device)
+                    started = time.perf_counter()
+                    with context:
+                        made[name] = generate(ids, length)
+                    wait_for(device)
+                    return time.perf_counter() - started
+                return run
+            contestants = {
+                'nanoP': turn('nanoP', lambda ids, n: model.generate(ids, n, temperature=0), autocast),
+                'without its cache': turn('without its cache', lambda ids, n: without_cache(model, ids, n), autocast)}
+            if peer:
+                for name, context in (('peer, as shipped', nullcontext()), (f'peer, {str(dtype)[6:]}', autocast)):
+                    contestants[name] = turn(name, lambda ids, n: peer.generate(ids, n, top_k=1), context)
+            taken = take_turns(bench.turns + 1, contestants)
+            same = (made['nanoP'] == made['without its cache']).float().mean().item()
+            ours_s = median(taken['nanoP'][1:])
+            for name, seconds in taken.items():
+                seconds = seconds[1:]  # the first was to warm up
+                rows.append(dict(contestant=name, batch_size=batch_size, new_tokens=length,
+                                 tokens_per_s=batch_size * length / median(seconds), seconds=median(seconds),
+                                 seconds_min=min(seconds), seconds_max=max(seconds),
+                                 nanop_is_faster_by=median(seconds) / ours_s, same_tokens_frac=same))
+                print(f"{batch_size:>5}{length:>12}  {name:<30}{rows[-1]['tokens_per_s']:>10,.0f}  "
+                      f"{spread([1e3 * s / length for s in seconds], 2):<26}{rows[-1]['nanop_is_faster_by']:>9.2f}x")
+            print(f'{"":>17}  {same:.1%} of the tokens are the same with the cache and without')
+    return rows
+
+
+PLAIN_LOOP = """
+import sys, numpy, tiktoken
+encode = tiktoken.get_encoding('gpt2').encode_ordinary
+with open(sys.argv[1], encoding='utf-8', errors='replace') as text, open(sys.argv[2], 'wb') as out:
+    while piece := text.read(2**20):
+        numpy.array(encode(piece), numpy.uint16).tofile(out)
+"""
+
+
+def make_up_text(path, num_bytes):
+    """A file of so many bytes: the sources of Python's standard library, over and over."""
+    sources = [file.read_bytes() for file in sorted(Path(os.__file__).parent.glob('*.py'))]
+    with open(path, 'wb') as file:
+        while file.tell() < num_bytes:
+            for source in sources:
+                file.write(source[:num_bytes - file.tell()])
+
+
+def timed(command):
+    """Runs a command; (seconds, peak of the largest of its processes in bytes). Raises UserError if it fails."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile('w+') as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise UserError(f"'{' '.join(command)}' failed: {(output.read().strip().splitlines() or [''])[-1]}")
+    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def bench_prepare(config, bench):
+    """Prints and returns the figures of preparing a text file with GPT-2's tokens. Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = bench.text
+        if not text:
+            text = os.path.join(folder, 'text.txt')
+            make_up_text(text, bench.text_mb * 10**6)
+        peaks, out = {}, os.path.join(folder, 'out')
+
+        def turn(name, *command):
+            def run():
+                seconds, peak = timed([sys.executable, *command])
+                peaks[name] = max(peaks.get(name, 0), peak)
+                return seconds
+            return run
+        taken = take_turns(bench.turns, {
+            'data/text/prepare.py': turn('data/text/prepare.py', str(HERE / 'data/text/prepare.py'), text,
+                                         '--tokenizer=gpt2', f'--out={out}'),
+            'one process, a plain loop': turn('one process, a plain loop', '-c', PLAIN_LOOP, text, out + '.bin')})
+        meta = json.loads((Path(out) / 'meta.json').read_text())
+        tokens, mb = meta['train_tokens'] + meta['val_tokens'], os.path.getsize(text) / 1e6
+    print(f'{mb:,.0f} MB of text, {tokens:,} tokens, {os.cpu_count()} cores\n')
+    print(f"{'':<28}{'tokens/s':>12}{'a core':>12}  {'s':<26}{'peak, MB':>10}{'nanoP is':>10}")
+    rows, ours_s = [], median(taken['data/text/prepare.py'])
+    for name, seconds in taken.items():
+        cores = os.cpu_count() if name.startswith('data') else 1
+        rows.append(dict(contestant=name, text_mb=mb, tokens_per_s=tokens / median(seconds),
+                         tokens_per_s_and_core=tokens / median(seconds) / cores, seconds=median(seconds),
+                         seconds_min=min(seconds), seconds_max=max(seconds), peak_mb=peaks[name] / 1e6,
+                         nanop_is_faster_by=median(seconds) / ours_s))
+        print(f"{name:<28}{rows[-1]['tokens_per_s']:>12,.0f}{rows[-1]['tokens_per_s_and_core']:>12,.0f}  "
+              f"{spread(seconds):<26}{peaks[name] / 1e6:>10,.0f}{rows[-1]['nanop_is_faster_by']:>9.2f}x")
+    return rows
+
+
+def bench_sweep(config, bench):
+    """Prints and returns the trials per minute of a sweep over learning rates, start included. Raises UserError."""
+    rates = [config.learning_rate * 2 ** (k / 8) for k in range(bench.trials)]
+    not_stacked = why_not_stack(config)
+    with tempfile.TemporaryDirectory() as folder:
+        path, runs = os.path.join(folder, 'base.py'), iter(range(10**6))
+        Path(path).write_text(''.join(f'{key} = {value!r}\n' for key, value in asdict(config).items()
+                                      if key not in ('out_dir', 'init_from', 'overwrite')))
+
+        def a_process_each():
+            return sum(timed([sys.executable, str(HERE / 'train.py'), path, f'--learning_rate={rate}',
+                              f'--out_dir={folder}/{next(runs)}'])[0] for rate in rates)
+
+        def one_sweep(*flags):
+            return timed([sys.executable, str(HERE / 'sweep.py'), path, f"--learning_rate={','.join(map(str, rates))}",
+                          f'--out_dir={folder}/{next(runs)}', *flags])[0]
+        contestants = {'a process a trial': a_process_each, 'sweep.py': one_sweep}
+        if not not_stacked:
+            contestants['sweep.py, stacked'] = lambda: one_sweep(f'--stack={bench.trials}', '--workers=1')
+        taken = take_turns(bench.turns, contestants)
+    print(f"{'':<22}{'trials/minute':>14}  {'s':<26}{'faster by':>10}")
+    rows = []
+    for name, seconds in taken.items():
+        rows.append(dict(contestant=name, trials=bench.trials, trials_per_minute=60 * bench.trials / median(seconds),
+                         seconds=median(seconds), seconds_min=min(seconds), seconds_max=max(seconds),
+                         faster_by=median(taken['a process a trial']) / median(seconds)))
+        print(f"{name:<22}{rows[-1]['trials_per_minute']:>14.1f}  {spread(seconds):<26}{rows[-1]['faster_by']:>9.2f}x")
+    if not_stacked:
+        print(f'not stacked: {not_stacked}')
+    return rows
 
 
 # -----------------------------------------------------------------------------
 
 
-def si(number, unit=''):
-    """A number with a prefix: 1.53 G."""
-    power = min(6, int(math.log10(number) // 3)) if number >= 1 else 0
-    return f"{number / 1000 ** power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}{unit}"
-
-
-def meta_model(config):
-    """(the model of a config, without weights; a line that says where its vocabulary is from)"""
-    vocab_size, where = config.vocab_size, 'of the config'
-    if not vocab_size:
-        vocab_size, where = UNKNOWN_VOCAB, f"assumed, as data/{config.dataset} is not here"
-        if (DATA_DIR / config.dataset / 'meta.json').exists():
-            vocab_size, where = Dataset(config.dataset).vocab_size, f'of data/{config.dataset}'
+def commit():
+    """The commit of this repository, with a plus if files differ from it; '' outside of git."""
+    def git(*words):
+        return subprocess.run(['git', '-C', str(HERE), *words], capture_output=True, text=True).stdout.strip()
     try:
-        with torch.device('meta'):
-            return GPT(gpt_config(config, vocab_size)), f'vocabulary of {vocab_size:,}, {where}'
-    except ValueError as error:
-        raise UserError(error) from None
+        return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--', '*.py') else '')
+    except OSError:
+        return ''
 
 
-def plan(config, bench):
-    """Prints what training would need. Raises UserError for a batch that the GPUs cannot share."""
-    model, vocabulary = meta_model(config)
-    steps, _ = duration(config, model.num_params())
-    tokens = steps * config.batch_tokens
-    sequences, local, micro_batches = split_batch(config, bench.gpus)
-    if config.parallel == 'hsdp' and bench.gpus > bench.gpus_per_host and bench.gpus % bench.gpus_per_host:
-        raise UserError(f'gpus={bench.gpus} is no multiple of gpus_per_host={bench.gpus_per_host}, as hsdp needs it')
-    flops = model.flops_per_token()
-    days = flops * tokens / (bench.gpus * bench.peak_flops * bench.mfu) / 86400
-    print(f'{config.parameterization}: {config.n_layer} layers x {config.n_embd}, {vocabulary}')
-    for name, value in [
-            ('parameters', f'{model.num_params():,}'), ('tokens', f'{tokens:,} in {steps:,} steps'),
-            ('a step', f'{sequences:,} sequences of {config.block_size:,} = {bench.gpus} GPU(s) x {micro_batches} '
-                       f'micro-batch(es) x {local // micro_batches}'),
-            ('FLOPs per token', si(flops)), ('FLOPs in all', si(flops * tokens)),
-            (f'days at {bench.mfu:.0%} MFU', f"{days:.3g} on {bench.gpus} GPU(s) of {si(bench.peak_flops, 'FLOP/s')}"),
-            ('sent per step and GPU', si(traffic(model, config, bench, 2), 'B'))]:
-        print(f'{name:<32}{value}')
-    rows = memory(model, config, bench, 2)
-    print(f'\nmemory of one GPU, {config.parallel}, bf16')
-    for name, value in rows.items():
-        print(f"{name:<32}{si(value, 'B')}")
-    kept = [value for name, value in rows.items() if not name.startswith('activations')]
-    print(f"{'in all':<32}{si(sum(kept) + rows['activations'], 'B')}; with --recompute=True "
-          f"{si(sum(kept) + rows['activations, --recompute=True'], 'B')}")
-
-
-def run_and_measure(config, steps, queue):
-    """For a process of its own: the memory that `steps` steps take on top of one of a tiny model, which the libraries
-    need."""
-    device = pick_device(config.device)
-    torch.set_num_threads(1)
-    config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, eval_interval=0,
-                     compile=False, eval_tokens=config.block_size)
-    train(replace(config, n_layer=1, n_embd=config.head_dim, batch_tokens=config.block_size, max_iters=1))
-    tiny = peak_memory(device)
-    train(config)
-    queue.put(peak_memory(device) - tiny)
-
-
-def peak_memory(device):
-    """Of this process on `device`, bytes."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    status = Path('/proc/self/status')
-    if status.exists():  # Linux: getrusage() would begin with the peak of the process that started this one
-        return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text()).group(1)) * 1024
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def measure(config, bench):
-    """Trains three steps and compares the peak of memory with the plan's; returns (planned, measured) bytes."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    model, _ = meta_model(config)
-    product_bytes = 4 if dtype == torch.float32 else 2
-    rows = memory(model, replace(config, parallel='ddp'), replace(bench, gpus=1), product_bytes,
-                  cpu_attention=device.type == 'cpu' and product_bytes == 2)
-    del rows['activations' if config.recompute else 'activations, --recompute=True']
-    planned = sum(rows.values())
-    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # glibc gives freed tensors back, instead of counting as in use
-    context = multiprocessing.get_context('spawn')
-    queue, started = context.Queue(), time.perf_counter()
-    process = context.Process(target=run_and_measure, args=(config, 3, queue))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise UserError(f'the run ended with exit code {process.exitcode}, see above')
-    measured = queue.get()
-    print(f"\n3 steps on {device}, {str(dtype)[6:]}, {time.perf_counter() - started:.0f} s: peak {si(measured, 'B')}, "
-          f"planned {si(planned, 'B')}: off by {planned / measured - 1:+.0%}")
-    return planned, measured
+def append(path, rows, **common):
+    """Appends rows, dicts with the same keys, to a CSV file; each with the machine, versions and commit."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    rows = [dict(commit=commit(), torch=torch.__version__, machine=f'{device}, {os.cpu_count()} CPU cores', **common,
+                 **{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()})
+            for row in rows]
+    new = not Path(path).exists()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_bench(argv):
     """(BenchConfig, TrainConfig) from the command line. Raises UserError."""
-    argv = [f'{argument}=True' if argument == '--plan' else argument for argument in argv]
+    argv = [f'{argument}=True' if argument.lstrip('-') in KINDS else argument for argument in argv]
     overrides = configure(BenchConfig, argv, axes=TrainConfig)
     own = {key: overrides.pop(key) for key in list(overrides) if key in {field.name for field in fields(BenchConfig)}}
     lists = [key for key, value in overrides.items() if isinstance(value, list)]
@@ -215,11 +397,15 @@ def read_bench(argv):
 
 def main():
     bench, config = read_bench(sys.argv[1:])
-    if not bench.plan:
-        raise UserError('nothing to do: use --plan and a config, see --help')
-    plan(config, bench)
-    if bench.measure:
-        measure(config, bench)
+    if bench.plan:
+        plan(config, bench)
+        if bench.measure:
+            measure(config, bench)
+        return
+    what = next((kind for kind in KINDS if getattr(bench, kind)), 'step')
+    rows = dict(step=bench_step, sample=bench_sample, prepare=bench_prepare, sweep=bench_sweep)[what](config, bench)
+    if bench.out_csv:
+        append(bench.out_csv, rows, shape=f'{config.n_layer}x{config.n_embd}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,11 @@
 """
 What this machine can do: device, dtype, whether torch.compile works, peak FLOP/s.
 """
+import ctypes
+import os
 import re
+import sys
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -16,6 +20,8 @@ PEAK_FLOPS = {  # dense bf16 (fp16 where the chip has no bf16) FLOP/s by the wor
     'MI355X': 2.5e15, 'MI325X': 1.307e15, 'MI300X': 1.307e15,
 }
 
+MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -28,6 +34,17 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise UserError(f"device='{name}' does not work here ({reason}): use device='auto' or 'cpu'") from None
+
+
+def keep_freed_memory():
+    """Has glibc keep what large tensors leave for the next ones, unless its own variables, MALLOC_.., say otherwise.
+
+    By default it returns them to the system, and to get fresh pages costs more than many a product.
+    """
+    if sys.platform == 'linux' and not any(name.startswith('MALLOC_') for name in os.environ):
+        with suppress(AttributeError):  # another C library
+            for option, value in ((MALLOPT_TRIM_THRESHOLD, -1), (MALLOPT_MMAP_MAX, 0)):
+                ctypes.CDLL(None).mallopt(option, value)
 
 
 def cpu_has_bf16():

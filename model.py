@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
-from attention import causal_attention
+from functional import causal_attention, cross_entropy
 
 # -----------------------------------------------------------------------------
 # The parameterization
@@ -193,6 +193,22 @@ def hidden_linear(in_features, out_features, config):
     return Linear(in_features, out_features, bias=config.bias)
 
 
+class KeyValueCache:
+    """Keys and values of the tokens that one layer has gone through, so that sampling computes each only once."""
+
+    def __init__(self, size):
+        self.size, self.length, self.kv = size, 0, None
+
+    def append(self, k, v):
+        """All keys and all values, (B, H, tokens so far, D) each, with those of the new tokens (B, H, T, D)."""
+        if self.kv is None:
+            self.kv = [x.new_empty(*x.shape[:2], self.size, x.size(-1)) for x in (k, v)]
+        start, self.length = self.length, self.length + k.size(2)
+        for kept, new in zip(self.kv, (k, v)):
+            kept[:, :, start:self.length] = new
+        return [kept[:, :, :self.length] for kept in self.kv]
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -203,9 +219,11 @@ class CausalSelfAttention(nn.Module):
         self.head_dim, self.dropout = config.head_dim, config.dropout
         self.logit_mult = config.attn_mult * config.rules['attention_logits'].forward / math.sqrt(config.head_dim)
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache:
+            k, v = cache.append(k, v)
         y = causal_attention(q, k, v, self.logit_mult, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
@@ -234,8 +252,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.branch_mult = config.rules['residual_branch'].forward
 
-    def forward(self, x):
-        x = x + self.branch_mult * self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.branch_mult * self.attn(self.ln_1(x), cache)
         x = x + self.branch_mult * self.mlp(self.ln_2(x))
         return x
 
@@ -293,15 +311,19 @@ class GPT(nn.Module):
         """(name, parameter) of all that is trained; the masks are parameters, too."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def features(self, idx):
-        """Output of the final norm (B, T, C) for token ids (B, T). Raises ValueError if T > block_size."""
-        B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f'sequence of {T} tokens is longer than block_size={self.config.block_size}: crop it')
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C) + (T, C)
+    def features(self, idx, caches=None):
+        """Output of the final norm (B, T, C) for token ids (B, T), which follow those in `caches`, one of each layer.
+
+        Raises ValueError for more than block_size tokens.
+        """
+        start = caches[0].length if caches else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f'sequence of {end} tokens is longer than block_size={self.config.block_size}: crop it')
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C) + (T, C)
         x = self.transformer.drop(self.input_mult * x)
-        for block in self.transformer.h:
-            x = block(x)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
+            x = block(x, cache)
         return self.transformer.ln_f(x)
 
     def unembed(self, x):
@@ -314,9 +336,7 @@ class GPT(nn.Module):
         Targets of -1 are left out of the mean.
         """
         logits = self.unembed(self.features(idx))
-        if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return (logits, None) if targets is None else (None, cross_entropy(logits, targets))
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, eps, device_type):
         """AdamW with one parameter group per role; the arguments are base values.
@@ -349,9 +369,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Yields one new token (B, 1) after the other, continuing ids (B, T); temperature 0 takes the likeliest."""
+        size, caches = self.config.block_size, None
         for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size:]
-            logits = self.unembed(self.features(context)[:, -1]).float()  # (B, V)
+            if caches is None or caches[0].length == size:  # once the window moves, every token's position changes
+                caches, new = [KeyValueCache(size) for _ in self.transformer.h], idx[:, -size:]
+            logits = self.unembed(self.features(new, caches)[:, -1]).float()  # (B, V)
             logits[:, self.config.real_vocab_size or self.config.vocab_size:] = -math.inf
             if top_k:
                 smallest = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
@@ -360,7 +382,7 @@ class GPT(nn.Module):
                 next_id = logits.argmax(dim=-1, keepdim=True)
             else:
                 next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-            idx = torch.cat((idx, next_id), dim=1)
+            idx, new = torch.cat((idx, next_id), dim=1), next_id
             yield next_id
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):

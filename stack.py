@@ -38,7 +38,7 @@ def why_not_stack(config):
     if dtype == torch.float16:
         return 'float16 scales the gradients of each run by itself'
     if device.type == 'cpu' and dtype == torch.bfloat16:
-        return 'attention.py has no batched form for bfloat16 on a CPU'
+        return 'functional.py has no batched form for bfloat16 on a CPU'
     return None
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import parallel
-from bench import BenchConfig, activation_bytes, measure, memory, meta_model, plan, read_bench, si, traffic
+from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench
+from configurator import UserError
 from model import GPT, GPTConfig
+from plan import activation_bytes, measure, memory, meta_model, plan, si, traffic
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -80,10 +82,10 @@ def test_activations_are_what_autograd_keeps(dtype, recompute, n_layer, n_embd, 
             torch.autocast('cpu', torch.bfloat16, enabled=dtype != torch.float32):
         loss = model(idx, idx)[1]
     product_bytes = 4 if dtype == torch.float32 else 2
-    planned = activation_bytes(model, idx.numel(), product_bytes, recompute, cpu_attention=product_bytes == 2)
-    end_bytes = idx.numel() * (n_embd * (4 + product_bytes) + vocab_size * (8 + product_bytes % 4))
-    # the logits live until the loss is there; then there is their gradient
-    found = sum(nbytes for _, nbytes in kept.values()) + (4 + product_bytes % 4) * vocab_size * idx.numel()
+    planned = activation_bytes(model, idx.numel(), product_bytes, recompute, cpu_bf16=product_bytes == 2)
+    end_bytes = idx.numel() * (n_embd * (4 + product_bytes) + vocab_size * (8 if product_bytes == 4 else 2))
+    # the logits live until the loss is there; then there is their gradient, in bf16 in their place
+    found = sum(nbytes for _, nbytes in kept.values()) + product_bytes * vocab_size * idx.numel()
     if recompute:  # and the block whose forward runs again
         found += (activation_bytes(model, idx.numel(), product_bytes, False, product_bytes == 2) - end_bytes) / n_layer
     assert loss.isfinite() and planned == pytest.approx(found, rel=0.06)
@@ -103,13 +105,115 @@ def test_the_command_and_its_errors():
         return subprocess.run([sys.executable, ROOT / 'bench.py', *args], capture_output=True, text=True)
     result = run('--plan', *DEEP, '--parallel=fsdp')
     assert result.returncode == 0 and 'in all' in result.stdout and 'with --recompute=True' in result.stdout
-    for args, message in (((), 'nothing to do: use --plan'), (('--plan', '--gpus=0'), 'gpus=0 is not allowed'),
+    for args, message in ((('--plan', '--gpus=0'), 'gpus=0 is not allowed'),
                           (('--plan', '--gpus=3'), 'which 3 processes cannot share'),
                           (('--plan', '--n_layer=2,4'), 'n_layer=[2, 4] is a list'),
-                          (('--plan', '--n_embd=100'), 'n_embd=100 is not allowed: use a multiple of head_dim=64')):
+                          (('--plan', '--n_embd=100'), 'n_embd=100 is not allowed: use a multiple of head_dim=64'),
+                          (('--peer=nowhere',), "peer='nowhere' has no model.py"), (('--turns=0',), 'turns=0 is not'),
+                          (('--sweep', '--sample'), 'choose one of'), (('--lengths=0',), "'0' is not a list"),
+                          (('--dataset=nowhere',), 'no dataset in')):
         result = run(*args)
         assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
 
 
 def test_si():
     assert [si(x, 'B') for x in (0, 999, 1000, 1.5e9, 2.04e20)] == ['0 B', '999 B', '1 kB', '1.5 GB', '204 EB']
+
+
+# -----------------------------------------------------------------------------
+# What is measured here
+
+PEER = """
+import torch, torch.nn as nn, torch.nn.functional as F
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_head: int = 12
+    n_embd: int = 768
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print('a peer that talks')
+        assert config.n_head == 2
+        self.wte, self.config = nn.Embedding(config.vocab_size, config.n_embd), config
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        assert top_k == 1
+        for _ in range(max_new_tokens):
+            idx = torch.cat((idx, self(idx)[0][:, -1:].argmax(-1)), 1)
+        return idx
+"""
+
+
+@pytest.fixture
+def peer(tmp_path):
+    (tmp_path / 'model.py').write_text(PEER)
+    return str(tmp_path)
+
+
+TINY = dict(n_layer=2, n_embd=32, head_dim=16, base_n_embd=32, base_head_dim=16, block_size=16, batch_tokens=64,
+            device='cpu', dtype='float32', compile=False)
+
+
+def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setattr('bench.peer_settings', lambda as_shipped: [('not compiled', as_shipped, False)])
+    config = TrainConfig(dataset=data_dir, **TINY)
+    rows = bench_step(config, BenchConfig(peer=peer, turns=3, turn_s=0.02))
+    assert [row['contestant'] for row in rows] == ['nanoP', 'its products alone', 'peer, not compiled']
+    for row in rows:
+        parts = sum(row[f'{part}_ms'] for part in ('data', 'forward', 'backward', 'optimizer'))
+        assert row['step_ms_min'] <= row['step_ms'] <= row['step_ms_max']
+        assert parts == pytest.approx(row['step_ms'], rel=0.5)
+        assert row['tokens_per_s'] == pytest.approx(64e3 / row['step_ms'])
+        assert row['nanop_is_faster_by'] == pytest.approx(row['step_ms'] / rows[0]['step_ms'])
+        assert row['peak_mb'] > 100 and row['first_step_s'] > 0.5
+    model, _ = meta_model(config)
+    products = 6 * 64 * (2 * 12 * 32 * 32 + 256 * 32) / rows[1]['step_ms'] * 1e3
+    assert rows[0]['flops_per_s'] == pytest.approx(64e3 * model.flops_per_token() / rows[0]['step_ms'])
+    assert rows[0]['of_products_frac'] == pytest.approx(rows[0]['flops_per_s'] / products)
+    out = capsys.readouterr().out
+    assert 'peer, not compiled' in out and 'a peer that talks' not in out
+
+    for _ in range(2):
+        append(tmp_path / 'new' / 'steps.csv', rows, shape='2x32')
+    lines = (tmp_path / 'new' / 'steps.csv').read_text().splitlines()
+    assert len(lines) == 7 and lines[0].startswith('commit,torch,machine,shape,contestant,tokens_per_s')
+    assert lines[1] == lines[4] and torch.__version__ in lines[1]
+
+
+def test_a_peer_that_fails_is_a_line(data_dir, peer, monkeypatch):
+    monkeypatch.setattr('bench.peer_settings', lambda as_shipped: [('not compiled', as_shipped, False)])
+    with pytest.raises(UserError, match='peer, not compiled ended with an error: AssertionError'):
+        bench_step(TrainConfig(dataset=data_dir, **dict(TINY, head_dim=32)), BenchConfig(peer=peer, turns=1, turn_s=0))
+
+
+def test_sampling_beside_a_peer(data_dir, peer):
+    rows = bench_sample(TrainConfig(dataset=data_dir, **TINY),
+                        BenchConfig(peer=peer, turns=1, batch_sizes='1,3', lengths='5,20'))
+    assert [(row['batch_size'], row['new_tokens']) for row in rows[::4]] == [(1, 5), (1, 20), (3, 5), (3, 20)]
+    assert {row['contestant'] for row in rows} == {'nanoP', 'without its cache', 'peer, as shipped', 'peer, float32'}
+    assert all(row['same_tokens_frac'] == 1 and row['tokens_per_s'] > 0 for row in rows)
+
+
+def test_preparation_beside_a_loop():
+    pytest.importorskip('tiktoken')
+    rows = bench_prepare(TrainConfig(), BenchConfig(text_mb=1, turns=1))
+    assert [row['text_mb'] for row in rows] == [1, 1] and all(row['tokens_per_s'] > 1e4 for row in rows)
+
+
+def test_a_sweep_beside_a_process_for_each_trial(data_dir, capsys):
+    rows = bench_sweep(TrainConfig(dataset=data_dir, max_iters=2, **TINY), BenchConfig(trials=2, turns=1))
+    assert [row['contestant'] for row in rows] == ['a process a trial', 'sweep.py', 'sweep.py, stacked']
+    assert all(row['trials_per_minute'] == pytest.approx(120 / row['seconds']) for row in rows)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import metrics
 import model as model_module
-from attention import causal_attention
+from functional import LOGITS, causal_attention, cross_entropy
 from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_embd=32, head_dim=16,
@@ -386,6 +386,28 @@ def test_attention_on_a_cpu_in_bf16(T):
     assert all(torch.equal(a, b) for a, b in zip(exact, run(ours, torch.float64)))
 
 
+@pytest.mark.parametrize('rows', [1, 3.5])  # of those that are computed at a time
+def test_cross_entropy_on_a_cpu_in_bf16(rows):
+    generator = torch.Generator().manual_seed(0)
+    V = 1000
+    logits = torch.randn(2, int(rows * (LOGITS // V)) // 2, V, generator=generator).bfloat16() * 3
+    targets = torch.randint(0, V, logits.shape[:2], generator=generator)
+    targets[0, 3:50] = -1
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact.view(-1, V), targets.view(-1), ignore_index=-1)
+    (expected / 4).backward()
+    with torch.no_grad():
+        kept = logits.clone()
+        assert cross_entropy(kept, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert torch.equal(kept, logits)  # consumed only for a backward
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf * 1, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (loss / 4).backward()
+    assert (leaf.grad - exact.grad).abs().max() < 2**-8 * exact.grad.abs().max()
+    assert (leaf.grad[0, 3:50] == 0).all()
+
+
 def test_causality():
     model = make()
     idx = batch()[0]
@@ -467,6 +489,26 @@ def test_generate_never_samples_padding():
     assert ids.shape == (8, 31) and ids.max() < 10
     assert model.generate(ids, 5, temperature=0).max() < 10
     assert make(init_std=2.0).generate(ids, 30).max() >= 10
+
+
+@pytest.mark.parametrize('prompt', [1, 5, 16, 20])  # block_size is 16: below, at and past it
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_sampling_with_cached_keys_and_values_is_sampling_without(prompt, dtype):
+    model = make(init_std=0.5)
+    ids, tokens = torch.randint(0, 64, (3, prompt), generator=torch.Generator().manual_seed(0)), []
+    seen, features = [], model.features
+    model.features = lambda idx, caches: seen.append(idx.size(1)) or features(idx, caches)
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        cached = model.generate(ids, 20, temperature=0)
+        model.features = features
+        for _ in range(20):
+            logits = model(ids[:, -16:])[0][:, -1]
+            top = logits.topk(2).values
+            tokens.append(top[:, 0] - top[:, 1] > (1e-4 if dtype == torch.float32 else 0.1))  # no tie
+            ids = cached[:, :ids.size(1) + 1]
+            assert torch.equal(ids[:, -1][tokens[-1]], logits.argmax(-1)[tokens[-1]])
+    assert torch.stack(tokens).float().mean() > 0.8
+    assert seen == [min(prompt, 16)] + [1 if prompt + n <= 16 else 16 for n in range(1, 20)]
 
 
 def test_generate_is_determined_by_its_generator_and_top_k():

@@ -27,7 +27,7 @@ import parallel
 from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
 from dataset import DATA_DIR, Dataset
 from faults import StopSignals, lock
-from hardware import peak_flops, pick_device, pick_dtype, why_not_compile
+from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype, why_not_compile
 from model import GPT, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
@@ -257,6 +257,7 @@ def run(config, stop, at_end):
     say = print if main_process else (lambda *args: None)
     device = pick_device(c.device)
     dtype = pick_dtype(c.dtype, device)
+    keep_freed_memory()
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         # TF32 for what autocast leaves in float32

@@ -1,0 +1,9 @@
+# A shape for bench.py: 4 layers x 128, 16 x 256 tokens a step, with the tied weights and without the biases of nanoGPT.
+dataset = 'shakespeare_char'
+n_layer = 4
+n_embd = 128
+block_size = 256
+batch_tokens = 16 * 256
+vocab_size = 0
+bias = False
+tie_weights = True
