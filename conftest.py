@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from dataset import ByteTokenizer
+from tokenizer import ByteTokenizer
 from train import TrainConfig
 from write_dataset import write_dataset
 

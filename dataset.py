@@ -1,8 +1,7 @@
 """
 A dataset is a folder of token ids, train.bin and val.bin, and meta.json that says what they are.
 
-write_dataset.py writes such folders; here they are checked and read. Tokenizers are known by name: 'byte', 'char' or
-any encoding of tiktoken.
+write_dataset.py writes such folders; here they are checked and read.
 """
 import json
 from pathlib import Path
@@ -11,98 +10,9 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from tokenizer import get_tokenizer
 
 DATA_DIR = Path(__file__).resolve().parent / 'data'
-
-# -----------------------------------------------------------------------------
-# Tokenizers: encode(text) -> array of ids, token_bytes(id) -> UTF-8 bytes, vocab_size, end_of_text (an id or None)
-
-
-class ByteTokenizer:
-    """The UTF-8 bytes of the text."""
-    name, vocab_size, end_of_text = 'byte', 256, None
-
-    def encode(self, text):
-        return np.frombuffer(text.encode(errors='replace'), dtype=np.uint8)
-
-    def token_bytes(self, token):
-        return bytes([token])
-
-
-class CharTokenizer:
-    """The characters of the text, numbered in the order of `chars`, which is sorted."""
-    name, end_of_text = 'char', None
-
-    def __init__(self, chars):
-        self.chars, self.vocab_size = chars, len(chars)
-        self.codes = np.array([ord(char) for char in chars], dtype=np.uint32)
-
-    @classmethod
-    def of(cls, text):
-        """The tokenizer of the characters that occur in `text`, any iterable of characters."""
-        return cls(''.join(sorted(set(text))))
-
-    def encode(self, text):
-        """Raises UserError for a character that is not in the vocabulary."""
-        codes = np.frombuffer(text.encode('utf-32-le', errors='replace'), dtype=np.uint32)
-        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
-        unknown = codes[self.codes[ids] != codes]
-        if len(unknown):
-            raise UserError(f'character {chr(unknown[0])!r} is not among the {self.vocab_size} that this vocabulary '
-                            f'knows: {self.chars!r}')
-        return ids
-
-    def token_bytes(self, token):
-        return self.chars[token].encode()
-
-
-class TiktokenTokenizer:
-    """An encoding of tiktoken, such as GPT-2's; special tokens are never read out of text."""
-
-    def __init__(self, name):
-        try:
-            import tiktoken
-        except ImportError:
-            raise UserError(f"tokenizer '{name}' needs tiktoken: pip install tiktoken") from None
-        known = tiktoken.list_encoding_names()
-        if name not in known:
-            raise UserError(f"tokenizer '{name}' is not known: use byte, char, {', '.join(known)}")
-        try:
-            encoding = tiktoken.get_encoding(name)
-        except Exception as error:  # whatever the network library raises
-            raise UserError(f"tokenizer '{name}' could not be downloaded ({type(error).__name__}): go online once, or "
-                            "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
-        self.name, self.vocab_size, self.end_of_text = name, encoding.n_vocab, encoding.eot_token
-        self.encoding = encoding
-
-    def encode(self, text):
-        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
-
-    def token_bytes(self, token):
-        try:
-            return self.encoding.decode_single_token_bytes(token)
-        except KeyError:  # some encodings have gaps
-            return b''
-
-
-def get_tokenizer(name, chars=None):
-    """The tokenizer called `name`; 'char' needs its `chars`. Raises UserError."""
-    if name == 'byte':
-        return ByteTokenizer()
-    return CharTokenizer(chars) if name == 'char' else TiktokenTokenizer(name)
-
-
-def prompt_ids(tokenizer, text=''):
-    """Ids of a prompt; an empty one starts a new text: with an end of text, else a line break, else any character."""
-    if text:
-        return tokenizer.encode(text).tolist()
-    if tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
-    return tokenizer.encode('\n' if '\n' in getattr(tokenizer, 'chars', '\n') else tokenizer.chars[0]).tolist()
-
-
-# -----------------------------------------------------------------------------
-# Reading
 
 
 class Dataset:

@@ -14,9 +14,9 @@ import torch
 
 import checkpoint
 from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
-from dataset import get_tokenizer, prompt_ids
 from hardware import pick_device, pick_dtype
 from model import GPT
+from tokenizer import get_tokenizer, prompt_ids
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import metrics
 from configurator import UserError, configure, exit_on_user_error, require_at_least
-from dataset import ByteTokenizer
+from tokenizer import ByteTokenizer
 from train import TrainConfig, train
 from write_dataset import write_dataset
 

@@ -166,6 +166,14 @@ TINY = dict(n_layer=2, n_embd=32, head_dim=16, base_n_embd=32, base_head_dim=16,
             device='cpu', dtype='float32', compile=False)
 
 
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('bench_*.py')), ids=lambda path: path.name)
+def test_the_shapes_to_measure(path):
+    _, config = read_bench([str(path)])
+    model, _ = meta_model(config)
+    assert path.name == f'bench_{config.n_layer}x{config.n_embd}.py' and model.config.tie_weights
+    assert 'Hardware' in path.read_text().splitlines()[1]
+
+
 def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setattr('bench.peer_settings', lambda as_shipped: [('not compiled', as_shipped, False)])

@@ -30,8 +30,9 @@ from coord_check import (
     plan,
     write_csv,
 )
-from dataset import ByteTokenizer, Dataset
+from dataset import Dataset
 from test_train import run
+from tokenizer import ByteTokenizer
 from write_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parent

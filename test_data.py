@@ -14,7 +14,8 @@ import torch
 
 import write_dataset as writer
 from configurator import UserError
-from dataset import ByteTokenizer, CharTokenizer, Dataset, get_tokenizer, prompt_ids
+from dataset import Dataset
+from tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer, prompt_ids
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -187,7 +188,7 @@ def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
         assert sum((gpt2_tokenizer.encode(part).tolist() for part, _ in parts), []) == whole
 
 
-def test_text_in_pieces_and_processes_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
+def test_text_in_pieces_and_threads_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
     text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny\n' for i in range(90_000))
     assert len(text) > 3 * writer.PIECE_CHARS
     (tmp_path / 'a.txt').write_text(text)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import checkpoint
 import sample
 from configurator import UserError
-from dataset import ByteTokenizer, Dataset
+from dataset import Dataset
+from tokenizer import ByteTokenizer
 from train import TrainConfig, read_config, train
 from write_dataset import write_dataset
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import urllib.request
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, first_line
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 
 PIECE_CHARS = 1 << 20  # work is handed out in pieces of about this size
 
@@ -27,14 +27,8 @@ def id_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def start_worker(name):
-    global worker_tokenizer
-    worker_tokenizer = get_tokenizer(name)
-
-
-def encode_batch(batch, tokenizer=None):
-    """(split, text, ends_document) triples -> (split, characters, ids); in a worker with the worker's tokenizer."""
-    tokenizer = tokenizer or worker_tokenizer
+def encode_batch(batch, tokenizer):
+    """(split, text, ends_document) triples -> (split, characters, ids)."""
     encoded = []
     for split, text, ends_document in batch:
         ids = tokenizer.encode(text)
@@ -45,7 +39,7 @@ def encode_batch(batch, tokenizer=None):
 
 
 def tokenised(documents, tokenizer, workers):
-    """Yields (split, characters, ids) in the order of `documents`, tokenised by that many processes."""
+    """Yields (split, characters, ids) in the order of `documents`, tokenised by that many threads."""
     def batches():
         batch, size = [], 0
         for document in documents:
@@ -61,11 +55,11 @@ def tokenised(documents, tokenizer, workers):
         for batch in batches():
             yield from encode_batch(batch, tokenizer)
         return
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer.name,))
+    pool = ThreadPoolExecutor(workers)  # tiktoken works without Python's lock
     pending = deque()
     try:
         for batch in batches():
-            pending.append(pool.submit(encode_batch, batch))
+            pending.append(pool.submit(encode_batch, batch, tokenizer))
             if len(pending) > 4 * workers:  # read no further ahead than that
                 yield from pending.popleft().result()
         while pending:
@@ -211,7 +205,7 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
     parser.add_argument('--shards', type=int, help='use only the first N parquet files')
     parser.add_argument('--tokenizer', default='gpt2', help='an encoding of tiktoken, or byte')
     parser.add_argument('--out', default=folder, help='folder to write')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='threads that tokenise')
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
     files = sorted(glob(args.input)) if args.input else list_parquet(repo, revision, pattern)

@@ -1,4 +1,5 @@
-# A shape for bench.py: 6 layers x 384, 8 x 256 tokens a step, with the tied weights and without the biases of nanoGPT.
+# A shape for bench.py: 6 layers x 384, with the tied weights and without the biases of nanoGPT.
+# Hardware: any CPU. Data: nanoGPT's tiny Shakespeare by characters: data/shakespeare_char/prepare.py
 dataset = 'shakespeare_char'
 n_layer = 6
 n_embd = 384

@@ -13,14 +13,13 @@ import argparse
 import gzip
 import json
 import os
-import re
 import sys
 from glob import glob
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, exit_on_user_error  # noqa: E402
-from dataset import CharTokenizer, get_tokenizer  # noqa: E402
+from tokenizer import CharTokenizer, get_tokenizer  # noqa: E402
 from write_dataset import PIECE_CHARS, write_dataset  # noqa: E402
 
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.parquet')
@@ -54,9 +53,11 @@ def pieces(file):
     while more := file.read(PIECE_CHARS):
         text += more
         if len(text) >= 2 * PIECE_CHARS:
-            spaces = [match.end() for match in re.finditer(r'\S(?= \S)', text[PIECE_CHARS:])]
-            if spaces or len(text) >= 16 * PIECE_CHARS:
-                cut = PIECE_CHARS + spaces[-1] if spaces else len(text)
+            cut = text.rfind(' ', PIECE_CHARS, -1)
+            while cut != -1 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+                cut = text.rfind(' ', PIECE_CHARS, cut)
+            if cut != -1 or len(text) >= 16 * PIECE_CHARS:
+                cut = cut if cut != -1 else len(text)
                 yield text[:cut], False
                 text = text[cut:]
     yield text, True
@@ -107,7 +108,7 @@ def prepare(argv=None):
     parser.add_argument('--tokenizer', default='byte', help='byte, char or an encoding of tiktoken')
     parser.add_argument('--column', default='text', help='column of .jsonl and .parquet files')
     parser.add_argument('--out', default=Path(__file__).parent, help='folder to write')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='threads that tokenise')
     args = parser.parse_args(argv)
     if not 0 < args.val_frac < 1:
         raise UserError(f'--val_frac={args.val_frac} is not allowed: use a fraction between 0 and 1')
