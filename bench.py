@@ -140,7 +140,9 @@ def bench_step(config, bench):
     device = pick_device(c.device)
     dtype = pick_dtype(c.dtype, device)
     ours = asdict(c)
-    entries = [('nanoP', dict(kind='ours', config=ours)), ('its products alone', dict(kind='products', config=ours))]
+    gpt2 = dict(ours, parameterization='gpt2', alpha=0.0)  # what the parameterization costs
+    entries = [('nanoP', dict(kind='ours', config=ours)), ("nanoP, gpt2's rules", dict(kind='ours', config=gpt2)),
+               ('its products alone', dict(kind='products', config=ours))]
     if bench.peer:
         as_shipped = str(dtype)[6:] if device.type == 'cuda' else 'float32'  # on a CPU nanoGPT does not autocast
         for name, peer_dtype, compiled in peer_settings(as_shipped):

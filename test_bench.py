@@ -179,7 +179,8 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr('bench.peer_settings', lambda as_shipped: [('not compiled', as_shipped, False)])
     config = TrainConfig(dataset=data_dir, **TINY)
     rows = bench_step(config, BenchConfig(peer=peer, turns=3, turn_s=0.02))
-    assert [row['contestant'] for row in rows] == ['nanoP', 'its products alone', 'peer, not compiled']
+    assert [row['contestant'] for row in rows] == ['nanoP', "nanoP, gpt2's rules", 'its products alone',
+                                                  'peer, not compiled']
     for row in rows:
         parts = sum(row[f'{part}_ms'] for part in ('data', 'forward', 'backward', 'optimizer'))
         assert row['step_ms_min'] <= row['step_ms'] <= row['step_ms_max']
@@ -188,7 +189,7 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
         assert row['nanop_is_faster_by'] == pytest.approx(row['step_ms'] / rows[0]['step_ms'])
         assert row['peak_mb'] > 100 and row['first_step_s'] > 0.5
     model, _ = meta_model(config)
-    products = 6 * 64 * (2 * 12 * 32 * 32 + 256 * 32) / rows[1]['step_ms'] * 1e3
+    products = 6 * 64 * (2 * 12 * 32 * 32 + 256 * 32) / rows[2]['step_ms'] * 1e3
     assert rows[0]['flops_per_s'] == pytest.approx(64e3 * model.flops_per_token() / rows[0]['step_ms'])
     assert rows[0]['of_products_frac'] == pytest.approx(rows[0]['flops_per_s'] / products)
     out = capsys.readouterr().out
@@ -197,8 +198,8 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     for _ in range(2):
         append(tmp_path / 'new' / 'steps.csv', rows, shape='2x32')
     lines = (tmp_path / 'new' / 'steps.csv').read_text().splitlines()
-    assert len(lines) == 7 and lines[0].startswith('commit,torch,machine,shape,contestant,tokens_per_s')
-    assert lines[1] == lines[4] and torch.__version__ in lines[1]
+    assert len(lines) == 9 and lines[0].startswith('commit,torch,machine,shape,contestant,tokens_per_s')
+    assert lines[1] == lines[5] and torch.__version__ in lines[1]
 
 
 def test_a_peer_that_fails_is_a_line(data_dir, peer, monkeypatch):

@@ -198,6 +198,25 @@ def test_a_sharded_model_compiles_without_a_break(group, monkeypatch, recompute)
     assert parallel.to_compile(model, sharded=False) == [model]
 
 
+def test_the_blocks_of_a_deep_model_share_one_graph():
+    def compiled_graphs(config):
+        torch.compiler.reset()
+        model, graphs, idx = GPT(config), [], torch.zeros(1, 4, dtype=torch.long)
+        expected = model(idx)[0]
+
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph.forward
+        for part in parallel.to_compile(model, sharded=False):
+            part.compile(dynamic=False, fullgraph=True, backend=backend)
+        assert torch.equal(model(idx)[0], expected)
+        return graphs
+    tiny = dict(block_size=4, vocab_size=5, n_embd=4, head_dim=2)
+    for n_layer, whole in ((3, True), (parallel.WHOLE + 1, False)):
+        graphs = compiled_graphs(GPTConfig(n_layer=n_layer, **tiny))
+        assert len(graphs) == 1 and ('lm_head' in graphs[0].code) == whole
+
+
 def test_sharding_needs_processes(tiny):
     with pytest.raises(UserError, match="parallel='fsdp' shards over the processes of torchrun"):
         train(replace(tiny, parallel='fsdp'))
