@@ -9,13 +9,14 @@ How fast training, sampling, data preparation and sweeps are here, beside others
     python bench.py config/completep_1p5b_deep.py --plan --gpus=64 --parallel=fsdp
     python bench.py config/completep_small.py --plan --measure=True         and three of its steps, on this machine
 
-What is compared takes turns, A B A B; every figure is a median over the turns, with the least and the largest. Keys are
-those of train.py and the ones below.
+What is compared takes turns, A B A B; every figure is a median over the turns, of whole steps each, with the least and
+the largest. Keys are those of train.py and the ones below.
 """
 import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,10 +31,10 @@ import torch
 from bench_worker import PARTS, build_peer, wait_for
 from configurator import UserError, configure, exit_on_user_error, require_at_least
 from dataset import Dataset
-from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype
+from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype, why_not_compile
 from plan import measure, meta_model, plan, si
 from stack import why_not_stack
-from train import TrainConfig, build_model
+from train import TrainConfig, build_model, split_batch
 
 HERE = Path(__file__).resolve().parent
 KINDS = ('plan', 'sample', 'prepare', 'sweep')
@@ -72,10 +73,17 @@ class BenchConfig:
     measure: bool = False                  # also run three steps here, in a process of their own
 
     def __post_init__(self):
-        require_at_least(self, gpus=1, gpus_per_host=1, peak_flops=1, mfu=1e-6, turns=1, turn_s=0, trials=1, text_mb=1)
+        require_at_least(self, gpus=1, gpus_per_host=1, peak_flops=1, mfu=1e-6, turns=1, turn_s=1e-3, trials=1,
+                         text_mb=1)
         whole_numbers(self.batch_sizes), whole_numbers(self.lengths)
         if sum(getattr(self, kind) for kind in KINDS) > 1:
             raise UserError(f"choose one of {', '.join('--' + kind for kind in KINDS)}")
+        if not self.text.endswith('.txt') and self.text:
+            raise UserError(f"text='{self.text}' is not a .txt file")
+        if self.measure and not self.plan:
+            raise UserError('measure=True goes with --plan')
+        if self.peer and (self.plan or self.prepare or self.sweep):
+            raise UserError('a peer is for a training step or --sample: leave it out')
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
             raise UserError(f"peer='{self.peer}' has no model.py: give the folder of a clone of nanoGPT or of a fork")
 
@@ -89,80 +97,95 @@ def spread(values, digits=1):
 # A training step
 
 
-def peer_settings(as_shipped):
-    """(name, dtype, compiled) of the ways in which a peer is run."""
-    return [('as shipped', as_shipped, True), ('not compiled', as_shipped, False), ('bfloat16', 'bfloat16', False),
-            ('bfloat16, compiled', 'bfloat16', True)]
-
-
 class Contestant:
-    """A process of bench_worker.py, started now, and what its turns took."""
+    """A process of bench_worker.py, started now, and what its turns took. Raises UserError if it ends."""
 
-    def __init__(self, name, **spec):
-        self.name, started = name, time.perf_counter()
-        self.errors = tempfile.TemporaryFile('w+')
+    def __init__(self, name, turn_s, **spec):
+        self.name, self.compiled, started = name, spec['config']['compile'], time.perf_counter()
+        self.errors, self.cache = tempfile.TemporaryFile('w+'), tempfile.TemporaryDirectory()  # nothing compiled before
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / 'bench_worker.py'), json.dumps(spec)], text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
-        self.first_step_alone_s = self.answer()['first_step_s']
-        self.first_step_s = time.perf_counter() - started  # from the start of the process
-        self.turns, self.peak_bytes, self.steps = [], 0, 2
-        self.turn()  # warm-up
-        self.turns = []
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': self.cache.name})
+        try:
+            first = self.answer()
+            self.first_step_s = time.perf_counter() - started  # from the start of the process
+            self.num_params, self.first_step_alone_s = first['num_params'], first['first_step_alone_s']
+            self.turns, self.steps = [], 2
+            self.turn()  # warm-up
+            self.steps, self.turns = max(1, round(turn_s / min(self.step_s))), []
+        except BaseException:
+            self.end()
+            raise
 
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            reason = (self.errors.read().strip().splitlines() or ['no reason given'])[-1]
-            raise UserError(f'{self.name} ended with an error: {reason}')
+            lines = self.errors.read().strip().splitlines() or ['no reason given']
+            raise UserError(f"{self.name} ended: {[line for line in lines if 'Error' in line][-1:] or lines[-1:]}")
         return json.loads(line)
 
     def turn(self):
         print(self.steps, file=self.process.stdin)
         answer = self.answer()
-        self.turns += answer['seconds']
+        self.turns.append([sum(part) / self.steps for part in zip(*answer['seconds'])])
         self.peak_bytes = answer['peak_bytes']
 
     @property
     def step_s(self):
+        """Seconds of a step, for each turn."""
         return [sum(parts) for parts in self.turns]
 
     def end(self):
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
+        self.errors.close()
+        self.cache.cleanup()
+
+
+def contestants_of(config, bench, device, dtype):
+    """(name, what bench_worker.py is to be told) of each."""
+    dtype, config = str(dtype)[6:], asdict(config)
+    yield 'nanoP', dict(kind='ours', config=config, dtype=dtype)
+    yield 'nanoP without its rules', dict(kind='plain', config=config, dtype=dtype)
+    yield 'its products alone', dict(kind='products', config=dict(config, compile=False), dtype=dtype)
+    if bench.peer:
+        as_shipped = dtype if device.type == 'cuda' else 'float32'  # on a CPU nanoGPT does not autocast
+        settings = dict.fromkeys([(as_shipped, True), (as_shipped, False), (dtype, False), (dtype, True)])
+        for each, compiled in settings:
+            if not (compiled and why_not_compile(device)):
+                yield (f"peer, {each}{', compiled' if compiled else ''}",
+                       dict(kind='peer', config=dict(config, compile=compiled), dtype=each, peer=bench.peer))
 
 
 def bench_step(config, bench):
-    """Prints and returns the figures of a training step, a dict for each contestant. Raises UserError."""
-    c = replace(config, batch_size=config.batch_tokens // config.block_size)
+    """Prints and returns the figures of a training step, a dict for each contestant. Raises UserError.
+
+    A peer ships compiled, on a CPU in float32, and keeps glibc's settings; nanoP's own are those of train.py.
+    """
+    sequences, _, _ = split_batch(config, 1)
+    device = pick_device(config.device)
+    c = replace(config, batch_size=sequences, compile=config.compile and not why_not_compile(device))
+    dtype, model, vocabulary = pick_dtype(c.dtype, device), *meta_model(c)
+    if c.recompute or dtype == torch.float16:
+        raise UserError('recompute=True and dtype=float16 are not measured here: leave them out')
     Dataset(c.dataset)  # what is wrong with it is to be said here
-    device = pick_device(c.device)
-    dtype = pick_dtype(c.dtype, device)
-    ours = asdict(c)
-    gpt2 = dict(ours, parameterization='gpt2', alpha=0.0)  # what the parameterization costs
-    entries = [('nanoP', dict(kind='ours', config=ours)), ("nanoP, gpt2's rules", dict(kind='ours', config=gpt2)),
-               ('its products alone', dict(kind='products', config=ours))]
-    if bench.peer:
-        as_shipped = str(dtype)[6:] if device.type == 'cuda' else 'float32'  # on a CPU nanoGPT does not autocast
-        for name, peer_dtype, compiled in peer_settings(as_shipped):
-            entries.append((f'peer, {name}', dict(kind='peer', peer=bench.peer, dtype=peer_dtype,
-                                                  config=dict(ours, compile=compiled))))
     contestants = []
     try:
-        for name, spec in entries:
+        for name, spec in contestants_of(c, bench, device, dtype):
             print(f'starting: {name}', file=sys.stderr)
-            contestants.append(Contestant(name, **spec))
-        for contestant in contestants:
-            contestant.steps = max(1, round(bench.turn_s / min(contestant.step_s or [bench.turn_s])))
-        for turn in range(bench.turns):
+            contestants.append(Contestant(name, bench.turn_s, **spec))
+            if spec['kind'] == 'peer' and contestants[-1].num_params != model.num_params():
+                raise UserError(f"peer='{bench.peer}' has {contestants[-1].num_params:,} parameters here, nanoP "
+                                f'{model.num_params():,}: nanoGPT has tie_weights=True and density=1')
+        for _ in range(bench.turns):
             for contestant in contestants:
                 contestant.turn()
     finally:
         for contestant in contestants:
             contestant.end()
 
-    model, vocabulary = meta_model(c)
     flops = c.batch_tokens * model.flops_per_token()
     in_products = sum(6 * c.batch_tokens * module.weight.numel() for module in model.modules()
                       if isinstance(module, torch.nn.Linear))
@@ -182,15 +205,20 @@ def bench_step(config, bench):
             step_ms_min=1e3 * min(contestant.step_s), step_ms_max=1e3 * max(contestant.step_s),
             **{f'{part}_ms': value for part, value in zip(PARTS, parts)}, flops_per_s=flops / step_s,
             of_products_frac=flops / step_s / product_rate, of_peak_frac=flops / step_s / peak if peak else '',
-            first_step_s=contestant.first_step_s, compile_s=max(0.0, contestant.first_step_alone_s - step_s),
-            peak_mb=contestant.peak_bytes / 1e6, nanop_is_faster_by=step_s / best['nanoP'])
+            first_step_s=contestant.first_step_s, peak_mb=contestant.peak_bytes / 1e6,
+            compile_s=contestant.first_step_alone_s - step_s if contestant.compiled else '',
+            nanop_is_faster_by=step_s / best['nanoP'])
+        if contestant.name == 'its products alone':
+            row.update(flops_per_s=product_rate, of_products_frac='', of_peak_frac=product_rate / peak if peak else '',
+                       first_step_s='', peak_mb='')
         rows.append(row)
-        alone = contestant.name == 'its products alone'
-        ms = spread([1e3 * s for s in contestant.step_s])
+        ms, shown = spread([1e3 * s for s in contestant.step_s]), {
+            key: format(value, spec) if value != '' else '' for key, value, spec in (
+                ('of', row['of_products_frac'], '.0%'), ('first', row['first_step_s'], '.1f'),
+                ('compile', row['compile_s'], '.1f'), ('peak', row['peak_mb'], ',.0f'))}
         print(f"{contestant.name:<28}{row['tokens_per_s']:>10,.0f}  {ms:<28}{parts[0]:>6.1f}{parts[1]:>8.1f}"
-              f"{parts[2]:>8.1f}{parts[3]:>8.1f}" + ('' if alone else
-              f"{row['of_products_frac']:>13.0%}{row['first_step_s']:>13.1f}{row['compile_s']:>12.1f}"
-              f"{row['peak_mb']:>10,.0f}{row['nanop_is_faster_by']:>9.2f}x"))
+              f"{parts[2]:>8.1f}{parts[3]:>8.1f}{shown['of']:>13}{shown['first']:>13}{shown['compile']:>12}"
+              f"{shown['peak']:>10}{row['nanop_is_faster_by']:>9.2f}x")
     return rows
 
 
@@ -240,13 +268,14 @@ def bench_sample(config, bench):
                     return time.perf_counter() - started
                 return run
             contestants = {
-                'nanoP': turn('nanoP', lambda ids, n: model.generate(ids, n, temperature=0), autocast),
+                'nanoP': turn('nanoP', lambda ids, n: model.generate(ids, n, top_k=1), autocast),
                 'without its cache': turn('without its cache', lambda ids, n: without_cache(model, ids, n), autocast)}
             if peer:
-                for name, context in (('peer, as shipped', nullcontext()), (f'peer, {str(dtype)[6:]}', autocast)):
+                plain = nullcontext() if device.type != 'cuda' else autocast  # as its sample.py does
+                for name, context in (('peer, as shipped', plain), (f'peer, {str(dtype)[6:]}', autocast)):
                     contestants[name] = turn(name, lambda ids, n: peer.generate(ids, n, top_k=1), context)
             taken = take_turns(bench.turns + 1, contestants)
-            same = (made['nanoP'] == made['without its cache']).float().mean().item()
+            same = (made['nanoP'] == made['without its cache'])[:, 1:].float().mean().item()
             ours_s = median(taken['nanoP'][1:])
             for name, seconds in taken.items():
                 seconds = seconds[1:]  # the first was to warm up
@@ -260,10 +289,17 @@ def bench_sample(config, bench):
     return rows
 
 
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""  # a small process between: a child begins with the peak of the one that starts it
+
 PLAIN_LOOP = """
 import sys, numpy, tiktoken
 encode = tiktoken.get_encoding('gpt2').encode_ordinary
-with open(sys.argv[1], encoding='utf-8', errors='replace') as text, open(sys.argv[2], 'wb') as out:
+with open(sys.argv[1], encoding='utf-8', errors='replace', newline='') as text, open(sys.argv[2], 'wb') as out:
     while piece := text.read(2**20):
         numpy.array(encode(piece), numpy.uint16).tofile(out)
 """
@@ -278,17 +314,16 @@ def make_up_text(path, num_bytes):
                 file.write(source[:num_bytes - file.tell()])
 
 
-def timed(command):
+def timed(command, allowed=(0,)):
     """Runs a command; (seconds, peak of the largest of its processes in bytes). Raises UserError if it fails."""
     started = time.perf_counter()
-    with tempfile.TemporaryFile('w+') as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+    with tempfile.TemporaryFile('w+') as output, tempfile.NamedTemporaryFile('r') as peak:
+        code = subprocess.run([sys.executable, '-c', MEASURED, peak.name, *command], stdout=output,
+                              stderr=output).returncode
+        if code not in allowed:
             output.seek(0)
             raise UserError(f"'{' '.join(command)}' failed: {(output.read().strip().splitlines() or [''])[-1]}")
-    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        return time.perf_counter() - started, int(peak.read()) * (1 if sys.platform == 'darwin' else 1024)
 
 
 def bench_prepare(config, bench):
@@ -337,7 +372,7 @@ def bench_sweep(config, bench):
 
         def a_process_each():
             return sum(timed([sys.executable, str(HERE / 'train.py'), path, f'--learning_rate={rate}',
-                              f'--out_dir={folder}/{next(runs)}'])[0] for rate in rates)
+                              f'--out_dir={folder}/{next(runs)}'], allowed=(0, 3))[0] for rate in rates)
 
         def one_sweep(*flags):
             return timed([sys.executable, str(HERE / 'sweep.py'), path, f"--learning_rate={','.join(map(str, rates))}",
@@ -371,17 +406,28 @@ def commit():
         return ''
 
 
+def machine(device):
+    """The name of what computes."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
+    return f"{found.group(1) if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def append(path, rows, **common):
-    """Appends rows, dicts with the same keys, to a CSV file; each with the machine, versions and commit."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    rows = [dict(commit=commit(), torch=torch.__version__, machine=f'{device}, {os.cpu_count()} CPU cores', **common,
-                 **{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()})
-            for row in rows]
-    new = not Path(path).exists()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Appends rows, dicts with the same keys, to a CSV file, each with versions and commit. Raises UserError."""
+    rows = [{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in
+             dict(commit=commit(), torch=torch.__version__, **common, **row).items()} for row in rows]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = ','.join(rows[0])
+    known = path.read_text().splitlines()[:1] if path.exists() else []
+    if known and known != [header]:
+        raise UserError(f"out_csv='{path}' holds figures of another kind: choose another file")
     with open(path, 'a', newline='') as file:
         writer = csv.DictWriter(file, rows[0])
-        if new:
+        if not known:
             writer.writeheader()
         writer.writerows(rows)
 
@@ -407,7 +453,11 @@ def main():
     what = next((kind for kind in KINDS if getattr(bench, kind)), 'step')
     rows = dict(step=bench_step, sample=bench_sample, prepare=bench_prepare, sweep=bench_sweep)[what](config, bench)
     if bench.out_csv:
-        append(bench.out_csv, rows, shape=f'{config.n_layer}x{config.n_embd}')
+        device = pick_device(config.device)
+        shape = {} if bench.prepare else dict(
+            shape=f'{config.n_layer}x{config.n_embd}', batch_tokens=config.batch_tokens, block_size=config.block_size,
+            dtype=str(pick_dtype(config.dtype, device))[6:], compile=config.compile, peer=Path(bench.peer).name)
+        append(bench.out_csv, rows, machine=machine(device), threads=torch.get_num_threads(), **shape)
 
 
 if __name__ == '__main__':

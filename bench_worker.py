@@ -3,9 +3,10 @@ One contestant of bench.py: a process that builds a model and takes training ste
 
     python bench_worker.py '{"kind": "ours", "config": {..}}'
 
-Kinds: ours (model.py, stepped by train.update), peer (the GPT of a nanoGPT-shaped model.py in the folder `peer`,
-stepped as nanoGPT's train.py does, in `dtype` and compiled or not), products (its matrix products alone). It says when
-the first step is done, then answers every line on stdin, a number of steps, with what they took, as JSON.
+Kinds: ours (model.py, stepped by train.update), plain (the same without the multipliers and groups of its rules), peer
+(the GPT of a nanoGPT-shaped model.py in the folder `peer`, stepped as nanoGPT's train.py does), products (the matrix
+products of a step alone). It says when the first step is done, then answers every line on stdin, a number of steps,
+with what they took, as JSON. What a peer would not import, this file does not before it runs.
 """
 import inspect
 import json
@@ -13,11 +14,15 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+from dataset import Dataset
+from hardware import DTYPES, keep_freed_memory, pick_device, why_not_compile
 
 PARTS = ('data', 'forward', 'backward', 'optimizer')
 
@@ -56,24 +61,45 @@ def build_peer(folder, shape):
     return peer.GPT(peer.GPTConfig(**{key: value for key, value in shape.items() if key in known}))
 
 
-def steps_of_ours(c, data, device):
-    """Yields the seconds that each part of a step took: train.py's own step."""
-    from hardware import keep_freed_memory, pick_dtype, why_not_compile
-    from train import TrainConfig, build_model, update
+def without_rules(model):
+    """Takes the multipliers out of our model, but the embedding's: what is left to compare with is a plain GPT."""
+    def forward(block, x, cache=None):
+        x = x + block.attn(block.ln_1(x))
+        return x + block.mlp(block.ln_2(x))
+    for block in model.transformer.h:
+        block.forward = partial(forward, block)
+    model.unembed = model.lm_head
+    return model
+
+
+def our_model(c, data, device):
+    from train import TrainConfig, build_model
+    return build_model(TrainConfig(**vars(c)), data).to(device)
+
+
+def steps_of_ours(c, data, device, dtype, plain):
+    """Yields the number of parameters, then the seconds that each part of a step took, train.py's own."""
+    import parallel
+    from train import update
     keep_freed_memory()
-    c = TrainConfig(**vars(c))
-    dtype = pick_dtype(c.dtype, device)
-    model = build_model(c, data).to(device)
-    if c.compile and not why_not_compile(device):
-        model.compile(dynamic=False)
+    model = our_model(c, data, device)
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
-    sequences, clock = c.batch_tokens // c.block_size, []
+    if plain:  # one group with weight decay and one without
+        without_rules(model)
+        groups = [dict(params=[p for p in model.parameters() if (p.dim() > 1) == decays], weight_decay=decay)
+                  for decays, decay in ((True, c.weight_decay), (False, 0.0))]
+        optimizer = torch.optim.AdamW([group for group in groups if group['params']], c.learning_rate,
+                                      (c.beta1, c.beta2), c.eps, fused=True)
+    if c.compile:
+        for part in parallel.to_compile(model, sharded=False):
+            part.compile(dynamic=False)
+    sequences, clock, step = c.batch_tokens // c.block_size, [], 0
 
     def tick():
         wait_for(device)
         clock.append(time.perf_counter())
 
-    def losses(step):
+    def losses():
         starts = data.train_starts(c.seed, step, sequences, c.block_size)
         inputs, targets = data.batch('train', starts, c.block_size, device)
         tick()
@@ -82,17 +108,18 @@ def steps_of_ours(c, data, device):
         tick()
         yield loss
         tick()
-    step = 0
+    yield model.num_params()
     while True:
         clock.clear()
         tick()
-        update(model, optimizer, losses(step), c.grad_clip)
+        loss, _, diverged = update(model, optimizer, losses(), c.grad_clip)
         tick()
+        assert not diverged, f'step {step} has a loss of {loss}'
         step += 1
         yield [end - start for start, end in zip(clock, clock[1:])]
 
 
-def steps_of_peer(c, data, device, folder, dtype):
+def steps_of_peer(c, data, device, dtype, folder):
     """The same for a peer: the loop of nanoGPT's train.py on our batches."""
     model = build_peer(folder, dict(vars(c), vocab_size=c.vocab_size or data.vocab_size)).to(device)
     values = dict(weight_decay=c.weight_decay, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), adam_eps=c.eps,
@@ -100,11 +127,12 @@ def steps_of_peer(c, data, device, folder, dtype):
     optimizer = model.configure_optimizers(**{key: values[key] for key in
                                               inspect.signature(model.configure_optimizers).parameters})
     run = torch.compile(model) if c.compile else model
-    dtype, step, sequences = getattr(torch, dtype), 0, c.batch_tokens // c.block_size
+    step, sequences = 0, c.batch_tokens // c.block_size
 
     def tick():
         wait_for(device)
         clock.append(time.perf_counter())
+    yield sum(p.numel() for p in model.parameters())
     while True:
         clock = []
         tick()
@@ -125,19 +153,16 @@ def steps_of_peer(c, data, device, folder, dtype):
         yield [end - start for start, end in zip(clock, clock[1:])]
 
 
-def steps_of_products(c, data, device):
+def steps_of_products(c, data, device, dtype):
     """The same for the products of a step: of every linear layer the forward, the input's and the weight's gradient."""
-    from hardware import keep_freed_memory, pick_dtype
-    from train import TrainConfig, build_model
     keep_freed_memory()
-    dtype = pick_dtype(c.dtype, device)
-    model = build_model(TrainConfig(**vars(c)), data)
-    weights = [module.weight.detach().to(device, dtype) for module in model.modules()
+    weights = [module.weight.detach().to(dtype) for module in our_model(c, data, device).modules()
                if isinstance(module, torch.nn.Linear)]
     inputs, outputs = ([torch.randn(c.batch_tokens, size, device=device).to(dtype) for size in sizes]
                        for sizes in zip(*(weight.shape[::-1] for weight in weights)))
+    yield sum(weight.numel() for weight in weights)
     while True:
-        parts = [0.0]
+        parts = []
         for products in ([(x, w.T) for x, w in zip(inputs, weights)],
                          [(dy, w) for dy, w in zip(outputs, weights)], [(dy.T, x) for x, dy in zip(inputs, outputs)]):
             wait_for(device)
@@ -146,22 +171,26 @@ def steps_of_products(c, data, device):
                 a @ b
             wait_for(device)
             parts.append(time.perf_counter() - started)
-        yield [0.0, parts[1], parts[2] + parts[3], 0.0]
+        yield [0.0, parts[0], parts[1] + parts[2], 0.0]
 
 
 def main():
     spec = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)  # what a peer prints goes to stderr
-    from dataset import Dataset
-    from hardware import pick_device
-    c = SimpleNamespace(**spec['config'])
-    data, device = Dataset(c.dataset), pick_device(c.device)
-    if spec['kind'] == 'peer':
-        steps = steps_of_peer(c, data, device, spec['peer'], spec['dtype'])
+    c, kind = SimpleNamespace(**spec['config']), spec['kind']
+    data, device, dtype = Dataset(c.dataset), pick_device(c.device), DTYPES[spec['dtype']]
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('highest' if dtype == torch.float32 else 'high')
+    if c.compile and why_not_compile(device):  # a small function is compiled, before any clock of a step runs
+        raise SystemExit(f'Error: torch.compile does not work here: {why_not_compile(device)}')
+    if kind == 'peer':
+        steps = steps_of_peer(c, data, device, dtype, spec['peer'])
+    elif kind == 'products':
+        steps = steps_of_products(c, data, device, dtype)
     else:
-        steps = {'ours': steps_of_ours, 'products': steps_of_products}[spec['kind']](c, data, device)
-    print(json.dumps(dict(first_step_s=sum(next(steps)))), file=answers)
+        steps = steps_of_ours(c, data, device, dtype, plain=kind == 'plain')
+    print(json.dumps(dict(num_params=next(steps), first_step_alone_s=sum(next(steps)))), file=answers)
     for line in sys.stdin:
         seconds = [next(steps) for _ in range(int(line))]
         print(json.dumps(dict(seconds=seconds, peak_bytes=peak_memory(device))), file=answers)

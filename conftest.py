@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from tokenizer import ByteTokenizer
+from configurator import UserError
+from tokenizer import ByteTokenizer, get_tokenizer
 from train import TrainConfig
 from write_dataset import write_dataset
 
@@ -15,6 +16,14 @@ def data_dir(tmp_path_factory):
     write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
                   ByteTokenizer(), 'words')
     return str(folder)
+
+
+@pytest.fixture
+def gpt2_tokenizer():
+    try:
+        return get_tokenizer('gpt2')
+    except UserError:
+        pytest.skip("needs GPT-2's tokens: a network or TIKTOKEN_CACHE_DIR")
 
 
 @pytest.fixture

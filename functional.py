@@ -27,6 +27,7 @@ def causal_attention(q, k, v, scale, dropout=0.0):
 
     A single query sees all keys: it is the last of their positions.
     """
+    assert q.size(2) in (1, k.size(2)), f'{q.size(2)} queries for {k.size(2)} keys: one, or as many'
     if in_bf16_on_cpu(q) and not dropout and q.size(2) > 1:
         B, H, T, D = q.shape
         q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
@@ -76,7 +77,7 @@ def cross_entropy(logits, targets):
     """Logits (B, T, V) and targets (B, T) -> mean loss in nats over targets that are not -1; consumes the logits."""
     logits, targets = logits.view(-1, logits.size(-1)), targets.reshape(-1)  # (B * T, V), (B * T,)
     if in_bf16_on_cpu(logits):
-        return CrossEntropyInPlace.apply(logits, targets, torch.is_grad_enabled())
+        return CrossEntropyInPlace.apply(logits, targets, torch.is_grad_enabled() and logits.requires_grad)
     return F.cross_entropy(logits, targets, ignore_index=-1)
 
 
@@ -88,7 +89,7 @@ class CrossEntropyInPlace(torch.autograd.Function):
         counts = (targets != -1).float()
         total, shares, rows = 0.0, counts / counts.sum(), max(1, LOGITS // logits.size(1))
         for z, target, share in zip(logits.split(rows), targets.split(rows), shares.split(rows)):
-            log_p, target = z.float().log_softmax(-1), target.clamp(min=0)[:, None]
+            log_p, target = z.float().log_softmax(-1), target.where(target != -1, 0)[:, None]
             total = total - log_p.gather(1, target)[:, 0].mul_(share).sum()
             if wants_grad:  # softmax, minus one at the target
                 z.copy_(log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0)).mul_(share[:, None]))
@@ -99,4 +100,5 @@ class CrossEntropyInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):
         d_logits, ctx.d_logits = ctx.d_logits, None
-        return d_logits if d_loss == 1 else d_logits.mul_(d_loss), None, None
+        assert d_logits is not None, 'a second backward through one loss: its gradient is used up'
+        return d_logits.mul_(d_loss), None, None

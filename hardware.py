@@ -37,11 +37,11 @@ def pick_device(name):
 
 
 def keep_freed_memory():
-    """Has glibc keep what large tensors leave for the next ones, unless its own variables, MALLOC_.., say otherwise.
+    """Has glibc keep what large tensors leave for the next ones, where none of its own variables is set.
 
     By default it returns them to the system, and to get fresh pages costs more than many a product.
     """
-    if sys.platform == 'linux' and not any(name.startswith('MALLOC_') for name in os.environ):
+    if sys.platform == 'linux' and not any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
         with suppress(AttributeError):  # another C library
             for option, value in ((MALLOPT_TRIM_THRESHOLD, -1), (MALLOPT_MMAP_MAX, 0)):
                 ctypes.CDLL(None).mallopt(option, value)

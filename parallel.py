@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from configurator import UserError
 
 KINDS = ('ddp', 'fsdp', 'hsdp')
-WHOLE = 48  # layers of a model up to which it is compiled whole, which is a little faster than by blocks
+WHOLE = 48  # layers of a model up to which it is compiled whole, which is a little faster than in parts
 
 
 def join_processes(device, timeout_s):
@@ -82,12 +82,13 @@ def recompute(model):
 
 
 def to_compile(model, sharded):
-    """The modules to give to torch.compile: of a sharded model those between which nothing is gathered, of a deep one
-    its blocks, which share one graph: to compile it whole takes longer with every layer."""
-    blocks = model.transformer.h
-    if sharded:
-        return [part for block in blocks for part in (block.attn, block.mlp)]
-    return [model] if len(blocks) <= WHOLE else list(blocks)
+    """The modules to give to torch.compile: the model, or of a sharded one the parts between which nothing is gathered.
+
+    Of a deep one the same parts, which share two graphs: to compile it whole takes longer with every layer. They are
+    not blocks because those run uncompiled when they are recomputed.
+    """
+    whole = not sharded and len(model.transformer.h) <= WHOLE
+    return [model] if whole else [part for block in model.transformer.h for part in (block.attn, block.mlp)]
 
 
 def shard(model, kind, device, dtype):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import parallel
-from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench
+from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench, timed
 from configurator import UserError
 from model import GPT, GPTConfig
 from plan import activation_bytes, measure, memory, meta_model, plan, si, traffic
@@ -140,6 +140,7 @@ class GPT(nn.Module):
         print('a peer that talks')
         assert config.n_head == 2
         self.wte, self.config = nn.Embedding(config.vocab_size, config.n_embd), config
+        self.unused = nn.Parameter(torch.zeros(OTHERS))
 
     def forward(self, idx, targets=None):
         logits = self.wte(idx) @ self.wte.weight.T
@@ -156,14 +157,15 @@ class GPT(nn.Module):
 """
 
 
-@pytest.fixture
-def peer(tmp_path):
-    (tmp_path / 'model.py').write_text(PEER)
-    return str(tmp_path)
-
-
 TINY = dict(n_layer=2, n_embd=32, head_dim=16, base_n_embd=32, base_head_dim=16, block_size=16, batch_tokens=64,
             device='cpu', dtype='float32', compile=False)
+OTHERS = 24 * 32 * 32 + 28 * 32 + 16 * 32 + 256 * 32  # parameters of ours that are not the embedding's
+
+
+@pytest.fixture
+def peer(tmp_path):
+    (tmp_path / 'model.py').write_text(PEER.replace('OTHERS', str(OTHERS)))
+    return str(tmp_path)
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('bench_*.py')), ids=lambda path: path.name)
@@ -176,24 +178,25 @@ def test_the_shapes_to_measure(path):
 
 def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    monkeypatch.setattr('bench.peer_settings', lambda as_shipped: [('not compiled', as_shipped, False)])
+    monkeypatch.setattr('bench.why_not_compile', lambda device: 'not in this test')
     config = TrainConfig(dataset=data_dir, **TINY)
     rows = bench_step(config, BenchConfig(peer=peer, turns=3, turn_s=0.02))
-    assert [row['contestant'] for row in rows] == ['nanoP', "nanoP, gpt2's rules", 'its products alone',
-                                                  'peer, not compiled']
+    assert [row['contestant'] for row in rows] == ['nanoP', 'nanoP without its rules', 'its products alone',
+                                                  'peer, float32']
     for row in rows:
         parts = sum(row[f'{part}_ms'] for part in ('data', 'forward', 'backward', 'optimizer'))
         assert row['step_ms_min'] <= row['step_ms'] <= row['step_ms_max']
         assert parts == pytest.approx(row['step_ms'], rel=0.5)
         assert row['tokens_per_s'] == pytest.approx(64e3 / row['step_ms'])
         assert row['nanop_is_faster_by'] == pytest.approx(row['step_ms'] / rows[0]['step_ms'])
-        assert row['peak_mb'] > 100 and row['first_step_s'] > 0.5
+        if row is not rows[2]:
+            assert row['peak_mb'] > 100 and row['first_step_s'] > 0.5 and row['compile_s'] == ''
     model, _ = meta_model(config)
     products = 6 * 64 * (2 * 12 * 32 * 32 + 256 * 32) / rows[2]['step_ms'] * 1e3
     assert rows[0]['flops_per_s'] == pytest.approx(64e3 * model.flops_per_token() / rows[0]['step_ms'])
     assert rows[0]['of_products_frac'] == pytest.approx(rows[0]['flops_per_s'] / products)
     out = capsys.readouterr().out
-    assert 'peer, not compiled' in out and 'a peer that talks' not in out
+    assert 'peer, float32' in out and 'a peer that talks' not in out
 
     for _ in range(2):
         append(tmp_path / 'new' / 'steps.csv', rows, shape='2x32')
@@ -202,10 +205,28 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     assert lines[1] == lines[5] and torch.__version__ in lines[1]
 
 
-def test_a_peer_that_fails_is_a_line(data_dir, peer, monkeypatch):
-    monkeypatch.setattr('bench.peer_settings', lambda as_shipped: [('not compiled', as_shipped, False)])
-    with pytest.raises(UserError, match='peer, not compiled ended with an error: AssertionError'):
-        bench_step(TrainConfig(dataset=data_dir, **dict(TINY, head_dim=32)), BenchConfig(peer=peer, turns=1, turn_s=0))
+def test_a_peer_that_cannot_be_compared_is_a_line(data_dir, peer, monkeypatch):
+    monkeypatch.setattr('bench.why_not_compile', lambda device: 'not in this test')
+    for changes, message in ((dict(head_dim=32), 'peer, float32 ended.*AssertionError'),
+                             (dict(tie_weights=True), 'has 42,368 parameters here, nanoP 34,176'),
+                             (dict(batch_tokens=72), 'batch_tokens=72 is no multiple of block_size=16'),
+                             (dict(recompute=True), 'not measured here')):
+        with pytest.raises(UserError, match=message):
+            bench_step(TrainConfig(dataset=data_dir, **{**TINY, **changes}), BenchConfig(peer=peer, turns=1))
+
+
+def test_figures_of_two_kinds_do_not_share_a_file(tmp_path):
+    append(tmp_path / 'a.csv', [dict(x=1)])
+    with pytest.raises(UserError, match='figures of another kind'):
+        append(tmp_path / 'a.csv', [dict(y=1)])
+
+
+def test_the_peak_of_a_command_is_its_own():
+    kept = torch.ones(10**8)  # 400 MB here
+    _, peak = timed([sys.executable, '-c', 'pass'])
+    assert 3e6 < peak < 1e8 and len(kept)
+    with pytest.raises(UserError, match='failed: no luck'):
+        timed([sys.executable, '-c', 'exit("no luck")'])
 
 
 def test_sampling_beside_a_peer(data_dir, peer):
@@ -216,8 +237,7 @@ def test_sampling_beside_a_peer(data_dir, peer):
     assert all(row['same_tokens_frac'] == 1 and row['tokens_per_s'] > 0 for row in rows)
 
 
-def test_preparation_beside_a_loop():
-    pytest.importorskip('tiktoken')
+def test_preparation_beside_a_loop(gpt2_tokenizer):
     rows = bench_prepare(TrainConfig(), BenchConfig(text_mb=1, turns=1))
     assert [row['text_mb'] for row in rows] == [1, 1] and all(row['tokens_per_s'] > 1e4 for row in rows)
 

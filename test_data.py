@@ -42,14 +42,6 @@ def text_of(folder, split):
 
 
 @pytest.fixture
-def gpt2_tokenizer():
-    try:
-        return get_tokenizer('gpt2')
-    except UserError:
-        pytest.skip("needs GPT-2's tokens: a network or TIKTOKEN_CACHE_DIR")
-
-
-@pytest.fixture
 def pyarrow():
     pytest.importorskip('datasets', reason='needs datasets, which brings pyarrow (requirements-dev.txt)')
     import pyarrow

@@ -198,11 +198,14 @@ def test_a_sharded_model_compiles_without_a_break(group, monkeypatch, recompute)
     assert parallel.to_compile(model, sharded=False) == [model]
 
 
-def test_the_blocks_of_a_deep_model_share_one_graph():
+@pytest.mark.parametrize('recompute', [False, True])
+def test_the_layers_of_a_deep_model_share_their_graphs(recompute):
     def compiled_graphs(config):
         torch.compiler.reset()
         model, graphs, idx = GPT(config), [], torch.zeros(1, 4, dtype=torch.long)
         expected = model(idx)[0]
+        if recompute:
+            parallel.recompute(model)
 
         def backend(graph, _):
             graphs.append(graph)
@@ -210,11 +213,10 @@ def test_the_blocks_of_a_deep_model_share_one_graph():
         for part in parallel.to_compile(model, sharded=False):
             part.compile(dynamic=False, fullgraph=True, backend=backend)
         assert torch.equal(model(idx)[0], expected)
-        return graphs
+        return ['lm_head' in graph.code for graph in graphs]
     tiny = dict(block_size=4, vocab_size=5, n_embd=4, head_dim=2)
-    for n_layer, whole in ((3, True), (parallel.WHOLE + 1, False)):
-        graphs = compiled_graphs(GPTConfig(n_layer=n_layer, **tiny))
-        assert len(graphs) == 1 and ('lm_head' in graphs[0].code) == whole
+    assert compiled_graphs(GPTConfig(n_layer=3, **tiny)) == [True]
+    assert compiled_graphs(GPTConfig(n_layer=parallel.WHOLE + 1, **tiny)) == [False, False]
 
 
 def test_sharding_needs_processes(tiny):
