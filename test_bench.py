@@ -195,13 +195,14 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     products = 6 * 64 * (2 * 12 * 32 * 32 + 256 * 32) / rows[2]['step_ms'] * 1e3
     assert rows[0]['flops_per_s'] == pytest.approx(64e3 * model.flops_per_token() / rows[0]['step_ms'])
     assert rows[0]['of_products_frac'] == pytest.approx(rows[0]['flops_per_s'] / products)
+    assert rows[2]['step_ms'] < rows[0]['step_ms']
     out = capsys.readouterr().out
     assert 'peer, float32' in out and 'a peer that talks' not in out
 
     for _ in range(2):
         append(tmp_path / 'new' / 'steps.csv', rows, shape='2x32')
     lines = (tmp_path / 'new' / 'steps.csv').read_text().splitlines()
-    assert len(lines) == 9 and lines[0].startswith('commit,torch,machine,shape,contestant,tokens_per_s')
+    assert len(lines) == 9 and lines[0].startswith('commit,torch,shape,contestant,tokens_per_s')
     assert lines[1] == lines[5] and torch.__version__ in lines[1]
 
 

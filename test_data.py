@@ -167,7 +167,7 @@ def test_text_splits_off_the_tail(tmp_path):
 
 
 def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
-    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny\n' for i in range(200))
+    text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny   \n' for i in range(200))
     (tmp_path / 'a.txt').write_text(text)
     pieces = script('text')['pieces']
     whole = gpt2_tokenizer.encode(text).tolist()

@@ -406,6 +406,9 @@ def test_cross_entropy_on_a_cpu_in_bf16(rows):
     (loss / 4).backward()
     assert (leaf.grad - exact.grad).abs().max() < 2**-8 * exact.grad.abs().max()
     assert (leaf.grad[0, 3:50] == 0).all()
+    targets[0, 0] = -100  # no other number is left out
+    with pytest.raises((IndexError, RuntimeError)):
+        cross_entropy(logits, targets)
 
 
 def test_causality():
