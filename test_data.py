@@ -178,6 +178,8 @@ def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
         assert len(parts) > 5 and ''.join(part for part, _ in parts) == text
         assert [ends for _, ends in parts] == [False] * (len(parts) - 1) + [True]
         assert sum((gpt2_tokenizer.encode(part).tolist() for part, _ in parts), []) == whole
+        for (part, _), (following, _) in zip(parts, parts[1:]):  # other encodings have tokens of several spaces
+            assert not part[-1].isspace() and following[0] == ' ' and not following[1].isspace()
 
 
 def test_text_in_pieces_and_threads_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
