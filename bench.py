@@ -88,6 +88,17 @@ class BenchConfig:
             raise UserError(f"peer='{self.peer}' has no model.py: give the folder of a clone of nanoGPT or of a fork")
 
 
+def faster_by(seconds, ours):
+    """The figures of how many times longer something took than ours, turn by turn."""
+    ratios = [theirs / mine for theirs, mine in zip(seconds, ours)]
+    return dict(nanop_is_faster_by=median(ratios), faster_by_min=min(ratios), faster_by_max=max(ratios))
+
+
+def times(row):
+    """Those figures for a table."""
+    return f"{row['nanop_is_faster_by']:.2f}x ({row['faster_by_min']:.2f}..{row['faster_by_max']:.2f})"
+
+
 def spread(values, digits=1):
     """'median (least..largest)'"""
     return f'{median(values):,.{digits}f} ({min(values):,.{digits}f}..{max(values):,.{digits}f})'
@@ -196,7 +207,7 @@ def bench_step(config, bench):
     print(f"matrix products of these shapes: {si(product_rate, 'FLOP/s')}"
           + (f' of {si(peak, "FLOP/s")}' if peak else '') + '\n')
     print(f"{'':<28}{'tokens/s':>10}  {'ms a step':<28}{'data':>6}{'fwd':>8}{'bwd':>8}{'opt':>8}"
-          f"{'of products':>13}{'1st step, s':>13}{'compile, s':>12}{'peak, MB':>10}{'nanoP is':>10}")
+          f"{'of products':>13}{'1st step, s':>13}{'compile, s':>12}{'peak, MB':>10}  nanoP is faster by")
     rows = []
     for contestant in contestants:
         step_s, parts = best[contestant.name], [1e3 * median(part) for part in zip(*contestant.turns)]
@@ -207,7 +218,7 @@ def bench_step(config, bench):
             of_products_frac=flops / step_s / product_rate, of_peak_frac=flops / step_s / peak if peak else '',
             first_step_s=contestant.first_step_s, peak_mb=contestant.peak_bytes / 1e6,
             compile_s=contestant.first_step_alone_s - step_s if contestant.compiled else '',
-            nanop_is_faster_by=step_s / best['nanoP'])
+            **faster_by(contestant.step_s, contestants[0].step_s))
         if contestant.name == 'its products alone':
             row.update(flops_per_s=product_rate, of_products_frac='', of_peak_frac=product_rate / peak if peak else '',
                        first_step_s='', peak_mb='')
@@ -218,7 +229,7 @@ def bench_step(config, bench):
                 ('compile', row['compile_s'], '.1f'), ('peak', row['peak_mb'], ',.0f'))}
         print(f"{contestant.name:<28}{row['tokens_per_s']:>10,.0f}  {ms:<28}{parts[0]:>6.1f}{parts[1]:>8.1f}"
               f"{parts[2]:>8.1f}{parts[3]:>8.1f}{shown['of']:>13}{shown['first']:>13}{shown['compile']:>12}"
-              f"{shown['peak']:>10}{row['nanop_is_faster_by']:>9.2f}x")
+              f"{shown['peak']:>10}  {times(row)}")
     return rows
 
 
@@ -253,39 +264,39 @@ def bench_sample(config, bench):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     peer = build_peer(bench.peer, asdict(model.config)).to(device).eval() if bench.peer else None
     rows = []
-    print(f"{'batch':>5}{'new tokens':>12}  {'':<30}{'tokens/s':>10}  {'ms a token':<26}{'nanoP is':>10}")
+    print(f"{'batch':>5}{'new tokens':>12}  {'':<30}{'tokens/s':>10}  {'ms a token':<26}nanoP is faster by")
     for batch_size in whole_numbers(bench.batch_sizes):
         for length in whole_numbers(bench.lengths):
-            ids, made = torch.zeros(batch_size, 1, dtype=torch.long, device=device), {}
+            ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
 
-            def turn(name, generate, context):
+            def turn(generate, context):
                 def run():
                     wait_for(device)
                     started = time.perf_counter()
                     with context:
-                        made[name] = generate(ids, length)
+                        generate(ids, length)
                     wait_for(device)
                     return time.perf_counter() - started
                 return run
-            contestants = {
-                'nanoP': turn('nanoP', lambda ids, n: model.generate(ids, n, top_k=1), autocast),
-                'without its cache': turn('without its cache', lambda ids, n: without_cache(model, ids, n), autocast)}
+            contestants = {'nanoP': turn(lambda ids, n: model.generate(ids, n, top_k=1), autocast),
+                           'without its cache': turn(lambda ids, n: without_cache(model, ids, n), autocast)}
             if peer:
                 plain = nullcontext() if device.type != 'cuda' else autocast  # as its sample.py does
                 for name, context in (('peer, as shipped', plain), (f'peer, {str(dtype)[6:]}', autocast)):
-                    contestants[name] = turn(name, lambda ids, n: peer.generate(ids, n, top_k=1), context)
+                    contestants[name] = turn(lambda ids, n: peer.generate(ids, n, top_k=1), context)
             taken = take_turns(bench.turns + 1, contestants)
-            same = (made['nanoP'] == made['without its cache'])[:, 1:].float().mean().item()
-            ours_s = median(taken['nanoP'][1:])
+            # in float32: in bf16 two tokens are often equally likely, and from then on all differ
+            same = (model.generate(ids, length, temperature=0) == without_cache(model, ids, length))[:, 1:]
+            same = same.float().mean().item()
             for name, seconds in taken.items():
                 seconds = seconds[1:]  # the first was to warm up
                 rows.append(dict(contestant=name, batch_size=batch_size, new_tokens=length,
                                  tokens_per_s=batch_size * length / median(seconds), seconds=median(seconds),
                                  seconds_min=min(seconds), seconds_max=max(seconds),
-                                 nanop_is_faster_by=median(seconds) / ours_s, same_tokens_frac=same))
+                                 **faster_by(seconds, taken['nanoP'][1:]), same_tokens_frac=same))
                 print(f"{batch_size:>5}{length:>12}  {name:<30}{rows[-1]['tokens_per_s']:>10,.0f}  "
-                      f"{spread([1e3 * s / length for s in seconds], 2):<26}{rows[-1]['nanop_is_faster_by']:>9.2f}x")
-            print(f'{"":>17}  {same:.1%} of the tokens are the same with the cache and without')
+                      f"{spread([1e3 * s / length for s in seconds], 2):<26}{times(rows[-1])}")
+            print(f'{"":>17}  {same:.1%} of the tokens are the same with the cache and without, in float32')
     return rows
 
 
@@ -348,16 +359,16 @@ def bench_prepare(config, bench):
         meta = json.loads((Path(out) / 'meta.json').read_text())
         tokens, mb = meta['train_tokens'] + meta['val_tokens'], os.path.getsize(text) / 1e6
     print(f'{mb:,.0f} MB of text, {tokens:,} tokens, {os.cpu_count()} cores\n')
-    print(f"{'':<28}{'tokens/s':>12}{'a core':>12}  {'s':<26}{'peak, MB':>10}{'nanoP is':>10}")
-    rows, ours_s = [], median(taken['data/text/prepare.py'])
+    print(f"{'':<28}{'tokens/s':>12}{'a core':>12}  {'s':<26}{'peak, MB':>10}  nanoP is faster by")
+    rows = []
     for name, seconds in taken.items():
         cores = os.cpu_count() if name.startswith('data') else 1
         rows.append(dict(contestant=name, text_mb=mb, tokens_per_s=tokens / median(seconds),
                          tokens_per_s_and_core=tokens / median(seconds) / cores, seconds=median(seconds),
                          seconds_min=min(seconds), seconds_max=max(seconds), peak_mb=peaks[name] / 1e6,
-                         nanop_is_faster_by=median(seconds) / ours_s))
+                         **faster_by(seconds, taken['data/text/prepare.py'])))
         print(f"{name:<28}{rows[-1]['tokens_per_s']:>12,.0f}{rows[-1]['tokens_per_s_and_core']:>12,.0f}  "
-              f"{spread(seconds):<26}{peaks[name] / 1e6:>10,.0f}{rows[-1]['nanop_is_faster_by']:>9.2f}x")
+              f"{spread(seconds):<26}{peaks[name] / 1e6:>10,.0f}  {times(rows[-1])}")
     return rows
 
 
@@ -381,13 +392,13 @@ def bench_sweep(config, bench):
         if not not_stacked:
             contestants['sweep.py, stacked'] = lambda: one_sweep(f'--stack={bench.trials}', '--workers=1')
         taken = take_turns(bench.turns, contestants)
-    print(f"{'':<22}{'trials/minute':>14}  {'s':<26}{'faster by':>10}")
+    print(f"{'':<22}{'trials/minute':>14}  {'s':<26}sweep.py is faster by")
     rows = []
     for name, seconds in taken.items():
         rows.append(dict(contestant=name, trials=bench.trials, trials_per_minute=60 * bench.trials / median(seconds),
                          seconds=median(seconds), seconds_min=min(seconds), seconds_max=max(seconds),
-                         faster_by=median(taken['a process a trial']) / median(seconds)))
-        print(f"{name:<22}{rows[-1]['trials_per_minute']:>14.1f}  {spread(seconds):<26}{rows[-1]['faster_by']:>9.2f}x")
+                         **faster_by(seconds, taken['sweep.py'])))
+        print(f"{name:<22}{rows[-1]['trials_per_minute']:>14.1f}  {spread(seconds):<26}{times(rows[-1])}")
     if not_stacked:
         print(f'not stacked: {not_stacked}')
     return rows

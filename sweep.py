@@ -538,7 +538,8 @@ def write_best(path, plan, rows, overrides):
     always = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim', *plan.axes)
     values = {key: value for key, value in asdict(config).items() if key not in (*NOT_SWEPT, 'seed') and
               (key in always or value != getattr(TrainConfig, key))}
-    lines = [f'# The best of {len(settings)} points: validation loss {mean_loss(best):.4f} at this shape.',
+    lines = [f'# The best of {len(settings)} points: validation loss {mean_loss(best):.4f} at {config.n_layer} layers '
+             f'x {config.n_embd}. The values are those of the base, {config.base_n_layer} x {config.base_n_embd}.',
              f'# Train it larger with the same values: python train.py {path} --n_layer=.. --n_embd=..',
              *(f'{key} = {value!r}' for key, value in {**values, **unswept}.items()),
              f"out_dir = '{Path(path).with_suffix('')}'"]

@@ -66,7 +66,8 @@ def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(tiny, tmp_path, capsys, 
     assert summary['stopped_by'] == signal.SIGTERM and summary['steps'] == step + 1
     path = checkpoint.find(tiny.out_dir)[0]
     assert path.name == f'ckpt_{step + 1:09d}'
-    assert f'stopped after {step + 1} steps, saved in {path}: go on with --init_from=resume' in capsys.readouterr().out
+    assert (f'stopped after {step + 1} steps, saved in {path}: go on with python train.py --out_dir={tiny.out_dir} '
+            '--init_from=resume') in capsys.readouterr().out
     assert not Path(tiny.out_dir, 'summary.json').exists()
     assert train(replace(tiny, init_from='resume'))['stopped_by'] is None
     assert stress_faults.differences(undisturbed.out_dir, tiny.out_dir) == []

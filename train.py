@@ -448,7 +448,8 @@ def run(config, stop, at_end):
         checkpoints.wait()
     kept = checkpoint.find(c.out_dir)
     if stopped_by:
-        saved_in = f'saved in {kept[0]}: go on with --init_from=resume' if kept else 'not saved'
+        saved_in = (f'saved in {kept[0]}: go on with python train.py --out_dir={c.out_dir} --init_from=resume' if kept
+                    else 'not saved')
         say(f'stopped after {step} steps, {saved_in}')
     if diverged_at is not None:
         say(f'step {step} was not taken: loss {loss}, gradient norm {grad_norm}, validation loss {val_loss}. '
