@@ -163,10 +163,9 @@ def contestants_of(config, bench, device, dtype):
     yield 'its products alone', dict(kind='products', config=dict(config, compile=False), dtype=dtype)
     if bench.peer:
         as_shipped = dtype if device.type == 'cuda' else 'float32'  # on a CPU nanoGPT does not autocast
-        settings = dict.fromkeys([(as_shipped, True), (as_shipped, False), (dtype, False), (dtype, True)])
-        for each, compiled in settings:
-            if not (compiled and why_not_compile(device)):
-                yield (f"peer, {each}{', compiled' if compiled else ''}",
+        compiles = not why_not_compile(device)
+        for each, compiled in dict.fromkeys([(as_shipped, compiles), (dtype, False), (dtype, compiles)]):
+            yield (f"peer, {each}{', compiled' if compiled else ''}",
                        dict(kind='peer', config=dict(config, compile=compiled), dtype=each, peer=bench.peer))
 
 
