@@ -26,6 +26,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -241,10 +242,15 @@ def open_study(config):
             storage = optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         else:
             sqlite = url.startswith('sqlite')
-            storage = optuna.storages.RDBStorage(
-                url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {},
+            connect = partial(
+                optuna.storages.RDBStorage, url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {},
                 heartbeat_interval=config.heartbeat_s, grace_period=GRACE * config.heartbeat_s,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
+            try:
+                storage = connect()
+            except sqlalchemy.exc.DatabaseError:  # another process may be making the tables at this moment
+                time.sleep(1)
+                storage = connect()
             if sqlite:
                 lock_before_reading(storage.engine)
         sampler = optuna.samplers.RandomSampler() if config.search in ('grid', 'random') else \

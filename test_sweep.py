@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 import torch
 
 import stack
@@ -342,6 +343,18 @@ def test_a_trials_csv_of_unknown_origin_is_refused(sweep_main, tmp_path):
     (tmp_path / 'sweep/sweep.json').unlink()
     error, _ = sweep_main(**keys)
     assert isinstance(error, UserError) and 'no sweep.json' in str(error)
+
+
+def test_a_storage_that_another_process_is_making_is_tried_again(tmp_path, monkeypatch):
+    connect, tries = optuna.storages.RDBStorage.__init__, []
+
+    def refuse_once(*args, **kwargs):
+        tries.append(args)
+        if len(tries) == 1:
+            raise sqlalchemy.exc.IntegrityError('CREATE', {}, Exception('UNIQUE constraint failed'))
+        connect(*args, **kwargs)
+    monkeypatch.setattr(optuna.storages.RDBStorage, '__init__', refuse_once)
+    assert open_study(SweepConfig(out_dir=str(tmp_path))).trials == [] and len(tries) == 2
 
 
 @pytest.mark.skipif(not shutil.which('pgrep'), reason='finds the worker with pgrep')
