@@ -166,7 +166,7 @@ def contestants_of(config, bench, device, dtype):
         compiles = not why_not_compile(device)
         for each, compiled in dict.fromkeys([(as_shipped, compiles), (dtype, False), (dtype, compiles)]):
             yield (f"peer, {each}{', compiled' if compiled else ''}",
-                       dict(kind='peer', config=dict(config, compile=compiled), dtype=each, peer=bench.peer))
+                   dict(kind='peer', config=dict(config, compile=compiled), dtype=each, peer=bench.peer))
 
 
 def bench_step(config, bench):

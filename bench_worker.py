@@ -9,6 +9,7 @@ products of a step alone). It says when the first step is done, then answers eve
 with what they took, as JSON. What a peer would not import, this file does not before it runs.
 """
 import inspect
+import itertools
 import json
 import os
 import re
@@ -69,7 +70,31 @@ def without_rules(model):
     for block in model.transformer.h:
         block.forward = partial(forward, block)
     model.unembed = model.lm_head
-    return model
+
+
+def timed_steps(c, data, device, dtype, model, take):
+    """Yields the seconds that each part of a step took; take(losses) takes one, going backward from each loss."""
+    clock, sequences = [], c.batch_tokens // c.block_size
+
+    def tick():
+        wait_for(device)
+        clock.append(time.perf_counter())
+
+    def losses(step):
+        starts = data.train_starts(c.seed, step, sequences, c.block_size)
+        inputs, targets = data.batch('train', starts, c.block_size, device)
+        tick()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(inputs, targets)[1]
+        tick()
+        yield loss
+        tick()  # its backward has run
+    for step in itertools.count():
+        clock.clear()
+        tick()
+        take(losses(step))
+        tick()
+        yield [end - start for start, end in zip(clock, clock[1:])]
 
 
 def our_model(c, data, device):
@@ -93,30 +118,12 @@ def steps_of_ours(c, data, device, dtype, plain):
     if c.compile:
         for part in parallel.to_compile(model, sharded=False):
             part.compile(dynamic=False)
-    sequences, clock, step = c.batch_tokens // c.block_size, [], 0
 
-    def tick():
-        wait_for(device)
-        clock.append(time.perf_counter())
-
-    def losses():
-        starts = data.train_starts(c.seed, step, sequences, c.block_size)
-        inputs, targets = data.batch('train', starts, c.block_size, device)
-        tick()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(inputs, targets)[1]
-        tick()
-        yield loss
-        tick()
+    def take(losses):
+        loss, _, diverged = update(model, optimizer, losses, c.grad_clip)
+        assert not diverged, f'a step has a loss of {loss}'
     yield model.num_params()
-    while True:
-        clock.clear()
-        tick()
-        loss, _, diverged = update(model, optimizer, losses(), c.grad_clip)
-        tick()
-        assert not diverged, f'step {step} has a loss of {loss}'
-        step += 1
-        yield [end - start for start, end in zip(clock, clock[1:])]
+    yield from timed_steps(c, data, device, dtype, model, take)
 
 
 def steps_of_peer(c, data, device, dtype, folder):
@@ -127,30 +134,16 @@ def steps_of_peer(c, data, device, dtype, folder):
     optimizer = model.configure_optimizers(**{key: values[key] for key in
                                               inspect.signature(model.configure_optimizers).parameters})
     run = torch.compile(model) if c.compile else model
-    step, sequences = 0, c.batch_tokens // c.block_size
 
-    def tick():
-        wait_for(device)
-        clock.append(time.perf_counter())
-    yield sum(p.numel() for p in model.parameters())
-    while True:
-        clock = []
-        tick()
-        starts = data.train_starts(c.seed, step, sequences, c.block_size)
-        inputs, targets = data.batch('train', starts, c.block_size, device)
-        tick()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = run(inputs, targets)[1]
-        tick()
-        loss.backward()
-        tick()
+    def take(losses):
+        for loss in losses:
+            loss.backward()
         if c.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tick()
-        step += 1
-        yield [end - start for start, end in zip(clock, clock[1:])]
+    yield sum(p.numel() for p in model.parameters())
+    yield from timed_steps(c, data, device, dtype, run, take)
 
 
 def steps_of_products(c, data, device, dtype):
