@@ -8,8 +8,10 @@ One model on many processes: joining them, copying the model to each or sharding
 torchrun starts the processes; the data that one takes depends on the step, its rank and their number only.
 """
 import os
+import time
 from datetime import timedelta
 from functools import partial
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,28 @@ KINDS = ('ddp', 'fsdp', 'hsdp')
 WHOLE = 48  # layers of a model up to which it is compiled whole, which is a little faster than in parts
 
 
+def fresh_store(store, rank, world_size, timeout_s):
+    """`store` under a prefix that the processes alive have agreed on. Raises DistStoreError after timeout_s.
+
+    torchrun keeps one store over restarts, and a process that finds there the address of one killed before waits for it
+    (torch 2.13). So the first process names this life after itself, in answer to a call that no earlier life has made.
+    """
+    name = uuid4().hex
+    if rank:
+        store.set(f'call/{rank}', name)
+        name = store.get(f'answer/{name}').decode()
+        store.set(f'{name}/{rank}', 'heard')
+        return dist.PrefixStore(name, store)
+    end = time.monotonic() + timeout_s
+    for other in range(1, world_size):
+        while not store.check([f'{name}/{other}']):  # until then, what is read may be an earlier life's call
+            store.set('answer/' + store.get(f'call/{other}').decode(), name)
+            time.sleep(0.01)
+            if time.monotonic() > end:
+                raise dist.DistStoreError(f'process {other} did not join in {timeout_s:g} s')
+    return dist.PrefixStore(name, store)
+
+
 def join_processes(device, timeout_s):
     """Under torchrun: joins the process group and makes this process's GPU the current one. Raises UserError."""
     if 'RANK' not in os.environ:
@@ -31,13 +55,16 @@ def join_processes(device, timeout_s):
     if device not in ('auto', 'cuda', 'cpu'):
         raise UserError(f"device='{device}' is not for several processes: use auto, cuda or cpu")
     timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous('env://', timeout=timeout))
+    store = fresh_store(store, rank, world_size, timeout_s)
+    group = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device == 'cpu' or not torch.cuda.is_available():
-        dist.init_process_group('gloo', timeout=timeout)
+        dist.init_process_group('gloo', **group)
         return
     device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.cuda.set_device(device)
     # gloo for what the CPUs tell each other: checkpoints, and whether to stop
-    dist.init_process_group('cpu:gloo,cuda:nccl', timeout=timeout, device_id=torch.device(device))
+    dist.init_process_group('cpu:gloo,cuda:nccl', **group, device_id=torch.device(device))
 
 
 def lost_contact(error):
