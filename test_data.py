@@ -2,8 +2,10 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +184,7 @@ def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
             assert not part[-1].isspace() and following[0] == ' ' and not following[1].isspace()
 
 
-def test_text_in_pieces_and_threads_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
+def test_text_in_pieces_and_processes_gives_the_tokens_of_the_whole(tmp_path, gpt2_tokenizer):
     text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny\n' for i in range(90_000))
     assert len(text) > 3 * writer.PIECE_CHARS
     (tmp_path / 'a.txt').write_text(text)
@@ -276,6 +278,16 @@ def test_an_error_while_processes_tokenise_does_not_hang(gpt2_tokenizer, tmp_pat
     for _ in writer.tokenised(documents(), gpt2_tokenizer, 2):
         break  # a reader that stops early
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_is_one_line(gpt2_tokenizer):
+    def documents():
+        for number in range(30):
+            yield 'train', 'word ' * (writer.PIECE_CHARS // 5), True
+            if number == 10:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match='a process that tokenised was killed.*fewer --workers'):
+        list(writer.tokenised(documents(), gpt2_tokenizer, 2))
 
 
 def test_parquet_sets_go_on_after_a_stop(tmp_path, monkeypatch, local_parquet):

@@ -6,11 +6,14 @@ data/*/prepare.py are thin scripts over write_dataset (any documents) and write_
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import urllib.request
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from glob import glob
 from pathlib import Path
 
@@ -39,7 +42,10 @@ def encode_batch(batch, tokenizer):
 
 
 def tokenised(documents, tokenizer, workers):
-    """Yields (split, characters, ids) in the order of `documents`, tokenised by that many threads."""
+    """Yields (split, characters, ids) in the order of `documents`, tokenised by that many processes.
+
+    Raises UserError if one of them dies.
+    """
     def batches():
         batch, size = [], 0
         for document in documents:
@@ -55,7 +61,10 @@ def tokenised(documents, tokenizer, workers):
         for batch in batches():
             yield from encode_batch(batch, tokenizer)
         return
-    pool = ThreadPoolExecutor(workers)  # tiktoken works without Python's lock
+    # processes: threads of tiktoken, though it works without Python's lock, get in each other's way; not forked from
+    # this one, whose progress bar has a thread; and Ctrl-C is this one's to handle
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('forkserver'), initializer=signal.signal,
+                               initargs=(signal.SIGINT, signal.SIG_IGN))
     pending = deque()
     try:
         for batch in batches():
@@ -64,6 +73,8 @@ def tokenised(documents, tokenizer, workers):
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError('a process that tokenised was killed, maybe for lack of memory: give fewer --workers') from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -205,7 +216,7 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
     parser.add_argument('--shards', type=int, help='use only the first N parquet files')
     parser.add_argument('--tokenizer', default='gpt2', help='an encoding of tiktoken, or byte')
     parser.add_argument('--out', default=folder, help='folder to write')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='threads that tokenise')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
     files = sorted(glob(args.input)) if args.input else list_parquet(repo, revision, pattern)

@@ -108,7 +108,7 @@ def prepare(argv=None):
     parser.add_argument('--tokenizer', default='byte', help='byte, char or an encoding of tiktoken')
     parser.add_argument('--column', default='text', help='column of .jsonl and .parquet files')
     parser.add_argument('--out', default=Path(__file__).parent, help='folder to write')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='threads that tokenise')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
     args = parser.parse_args(argv)
     if not 0 < args.val_frac < 1:
         raise UserError(f'--val_frac={args.val_frac} is not allowed: use a fraction between 0 and 1')
