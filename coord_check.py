@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, exit_on_user_error, require_at_least
 from hardware import pick_device, pick_dtype
-from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig
-from train import open_dataset, split_batch, update
+from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
+from train import MODEL_KEYS, make_optimizer, open_dataset, split_batch, update
 
 # -----------------------------------------------------------------------------
 # Measuring one model
@@ -189,6 +189,9 @@ FLAT = around(0, 0.15, 'must not depend on size; finite sizes and few steps move
 LAZY = around(0, 0.25, 'no block may come closer to its linearization: -1/2 is lazy')
 UPDATE = 'Adam moves a weight by its lr, whatever the size of the gradient'
 EPS = around(0, 0.25, 'eps must follow the gradient: one factor forgotten is 1/2 or 1')
+HEADS = 'of the heads that share it gradients add up at random at step 0, and once they agree fully'
+FEW = 'a few heads, whose random starts do not average out'
+KEYS = 'a head of keys and values adds up the gradients of more and more heads of queries'
 GRADIENT = 'what it is divided by on its way back, at step 0: m_N, and m_L^alpha inside of the blocks'
 DECAY = 'lr x weight decay, up to rounding'
 
@@ -489,6 +492,19 @@ class CoordCheckConfig:
     n_embd: int = 128                      # where width does not vary
     head_dim: int = 32
     alpha: float = 0.0                     # depth exponent in [0.5, 1]; 0: the parameterization's own
+    # model (see GPTConfig)
+    bias: bool = True
+    norm: str = 'layernorm'
+    norm_gain: bool = True
+    qk_norm: bool = False
+    activation: str = 'gelu'
+    pos: str = 'learned'
+    n_kv_head: int = 0
+    tie_weights: bool = False
+    attn_scale: str = 'base'
+    unembed_form: str = 'multiplier'
+    zero_init_query: bool = False
+    zero_init_unembed: bool = False
     # training
     seeds: int = 3
     steps: int = 10
@@ -501,6 +517,8 @@ class CoordCheckConfig:
     init_std: float = 0.05
     input_mult: float = 20.0               # 1 / init_std: with embeddings of size 1 few layers behave like many
     weight_decay: float = 0.1
+    optimizer: str = 'adamw'
+    muon_mult: float = 5.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -514,6 +532,8 @@ class CoordCheckConfig:
         for key in ('beta1', 'beta2'):
             if getattr(self, key) >= 1:
                 raise UserError(f'{key}={getattr(self, key)} is not allowed: use a value in [0, 1)')
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"optimizer='{self.optimizer}' is not known: use {', '.join(OPTIMIZERS)}")
         if self.control not in ('', 'none', *PARAMETERIZATIONS):
             raise UserError(f"control='{self.control}' is not known: use none, {', '.join(PARAMETERIZATIONS)}")
         if self.control == self.parameterization:
@@ -523,29 +543,55 @@ class CoordCheckConfig:
                 raise UserError(f"axis '{axis}' is not known: use {', '.join(AXES)}, several separated by commas")
 
 
-def expected_slopes(axis, alpha, steps):
+def expected_slopes(axis, alpha, config):
     """What check() is to expect beside flat activations and changes. From the papers, not from model.py."""
-    hidden, inside = '(hidden_weight|residual_proj)', '(block_norm|hidden_bias|hidden_weight|residual_proj)'
-    weights = {'update .*': around(0, 0.1, UPDATE), 'grad/eps .*': EPS,
-               'decay (embedding|hidden_weight|residual_proj|unembedding) .*': around(0, 0.02, DECAY)}
+    c, hidden = config, '(hidden_weight|residual_proj)'
+    inside = '(block_norm|qk_norm|hidden_bias|hidden_weight|residual_proj)'
+    slopes = {}
+    if axis in ('width', 'depth') and c.n_kv_head:
+        slopes |= {f'(activation|change) attention (0|1|{c.steps}) .*': around(0, 0.3, FEW),
+                   **({'update qk_norm .*': around(0, 0.25, FEW)} if c.qk_norm else {})}
+    if axis in ('width', 'depth') and c.optimizer == 'sgd':
+        slopes |= {f'update (?!{hidden}).*': around(0, 0.25, 'steps of SGD are as noisy as its gradients')}
     if axis == 'width':
         head = 'the random part of the logits falls as width^-1/2, n_embd terms over m_N, until learning hides it'
-        return {'activation logits 0 .*': around(-0.5, 0.15, head),
-                f'activation logits {steps} .*': Band(-0.5, -0.65, 0.15, head),
-                f'change logits (1|{steps}) .*': Band(0, -0.35, 0.15, head),
-                'gradient .*': around(-1, 0.25, GRADIENT), f'update {hidden} .*': around(-1, 0.1, UPDATE), **weights}
+        if not c.zero_init_unembed:
+            slopes |= {'activation logits 0 .*': around(-0.5, 0.15, head)}
+        if c.optimizer == 'sgd':
+            slopes |= {'change logits 1 .*': Band(0, -0.65, 0.15, head)}
+        slopes |= {f'activation logits {c.steps} .*': Band(-0.5, -0.65, 0.15, head),
+                   f'change logits (1|{c.steps}) .*': Band(0, -0.35, 0.15, head)}
+        if c.unembed_form == 'weights':  # which then carry 1/m_N
+            slopes |= {'gradient unembedding .*': around(0, 0.25, GRADIENT),
+                       'update unembedding .*': around(-1, 0.1, UPDATE)}
+        if c.qk_norm:
+            slopes |= {'(gradient|grad/eps) qk_norm .*': Band(-0.5, -0.75, 0.25, HEADS)}
+        if c.n_kv_head:
+            slopes |= {'gradient hidden_(weight|bias) .*attn.*': Band(-0.75, -1.25, -0.5, KEYS),
+                       'grad/eps hidden_(weight|bias) .*attn.*': Band(0.25, -0.25, 0.5, KEYS)}
+        slopes |= {f'update {hidden} .*': around(-1, 0.1, UPDATE)}
+        if c.optimizer == 'muon':
+            slopes |= {f'update {hidden} .*': Band(-0.5, -1.1, -0.4, 'entries are width^-1/2, width^-1 if of low rank'),
+                       f'grad/eps {hidden} .*': around(-1, 0.25, 'eps stands beside the whole matrix')}
+        slopes |= {'gradient .*': around(-1, 0.25, GRADIENT)}
     if axis == 'depth':
         block = 'with alpha < 1 what a block adds of its own falls as its lr, what it passes on is flat'
-        return {'(activation|change) logits .*': None,  # the final norm hides what depth does
-                '(activation|change) residual .* (lowest|highest)': None,  # the first block of many is no last one
-                f'(activation|change) (attention|mlp) (1|{steps}) .*':
-                    FLAT if alpha == 1 else Band(alpha - 1, alpha - 1.15, 0.15, block),
-                f'gradient {inside} .*': around(-alpha, 0.25, GRADIENT), 'gradient .*': around(0, 0.25, GRADIENT),
-                f'update {inside} .*': around(alpha - 1, 0.1, UPDATE),
-                f'decay {hidden} .*': around(alpha - 1, 0.02, DECAY), **weights}
+        slopes |= {'(activation|change) logits .*': None,  # the final norm hides what depth does
+                   '(activation|change) residual .* (lowest|highest)': None,  # the first block of many is no last one
+                   f'(activation|change) (attention|mlp) (1|{c.steps}) .*':
+                       FLAT if alpha == 1 else Band(alpha - 1, alpha - 1.15, 0.15, block),
+                   **({} if c.zero_init_unembed else {f'gradient {inside} .*': around(-alpha, 0.25, GRADIENT)}),
+                   'gradient .*': around(0, 0.25, GRADIENT),
+                   f'update {inside} .*': around(alpha - 1, 0.1, UPDATE)}
+        if c.weight_decay:
+            slopes |= {f'decay {hidden} .*': around(alpha - 1, 0.02, DECAY)}
     if axis == 'density':
-        return {f'update {hidden} .*': around(-1, 0.1, UPDATE), 'gradient .*': around(0, 0.25, GRADIENT), **weights}
-    return {}
+        slopes |= {f'update {hidden} .*': around(-1, 0.1, UPDATE), 'gradient .*': around(0, 0.25, GRADIENT)}
+    if axis != 'laziness':
+        slopes |= {'update .*': around(0, 0.1, UPDATE), 'grad/eps .*': EPS}
+        if c.weight_decay:
+            slopes |= {'decay (embedding|hidden_weight|residual_proj|unembedding) .*': around(0, 0.02, DECAY)}
+    return slopes
 
 
 def make_gpt(config, data, device, autocast, shape, varies, size):
@@ -553,7 +599,7 @@ def make_gpt(config, data, device, autocast, shape, varies, size):
     c = config
     seed = torch.initial_seed()  # check() has set it
     model = GPT(GPTConfig(**{**shape, varies: size, 'mask_seed': seed})).to(device)
-    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
+    optimizer = make_optimizer(model, c, device.type)
     sequences, _, micro_batches = split_batch(c, world_size=1)
     batch_size = sequences // micro_batches
 
@@ -624,8 +670,8 @@ def plan(config, axis, data, device):
     split_batch(c, world_size=1)
     keys, varies, control = AXES[axis]
     sizes = numbers(c, keys)
-    shape = dict(block_size=c.block_size, vocab_size=data.vocab_size, n_layer=c.n_layer, n_embd=c.n_embd,
-                 head_dim=c.head_dim, init_std=c.init_std, input_mult=c.input_mult, base_head_dim=c.head_dim)
+    shape = {key: getattr(c, key) for key in MODEL_KEYS if hasattr(c, key)}
+    shape.update(vocab_size=data.vocab_size, base_head_dim=c.head_dim)
     smallest = {**shape, varies: min(sizes)}
     shape.update(base_n_layer=smallest['n_layer'], base_n_embd=smallest['n_embd'])
     names = [c.parameterization]
@@ -636,7 +682,8 @@ def plan(config, axis, data, device):
     try:
         for size in sizes:
             for kwargs in shapes:
-                GPTConfig(**{**kwargs, varies: size})
+                with torch.device('meta'):
+                    model = GPT(GPTConfig(**{**kwargs, varies: size}))
     except ValueError as error:
         raise UserError(error) from None
     if len(set(sizes)) < 3 or len(set(sizes)) < len(sizes):
@@ -652,9 +699,8 @@ def plan(config, axis, data, device):
     # alpha as the papers promise it, not as model.py has it: that is under test
     alpha = c.alpha or (0.5 if c.parameterization == 'depth_mup' else 1.0)
     fixed = ', '.join(f'{key}={shape[key]}' for key in ('n_layer', 'n_embd') if key != varies)
-    expected = expected_slopes(axis, alpha, c.steps)
-    if not c.weight_decay:
-        expected = {pattern: band for pattern, band in expected.items() if not pattern.startswith('decay')}
+    roles = {role_of(name) for name, _ in model.weights()}
+    expected = expected_slopes(axis, alpha, c)
     common = dict(sizes=sizes, size_name=varies, seeds=c.seeds, names=names)
 
     def arguments(makes, what, steps, **more):
@@ -664,7 +710,8 @@ def plan(config, axis, data, device):
 
     gpts = [partial(make_gpt, c, data, device, autocast, kwargs, varies) for kwargs in shapes]
     if axis != 'laziness':
-        return {axis: arguments(gpts, fixed, c.steps, modules=MODULES, parameters=ROLES, expected=expected)}
+        return {axis: arguments(gpts, fixed, c.steps, modules=MODULES,
+                                parameters={role: ROLES[role] for role in roles}, expected=expected)}
     toys = [partial(make_toy, kwargs['parameterization'], kwargs['alpha']) for kwargs in shapes]
     return {'laziness_toy': arguments(toys, "the paper's toy network", 1, blocks=r'branches\.1'),
             'laziness': arguments(gpts, fixed, 1, blocks=r'transformer\.h\.\d+')}

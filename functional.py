@@ -1,14 +1,16 @@
 """
-Attention and cross-entropy.
+Attention with its positions, SwiGLU and cross-entropy.
 
-They are PyTorch's own, except in bf16 on a CPU: there they are computed in pieces that stay in the cache, attention as
-plain products, which are faster than the kernel, and the loss without float32 copies of the logits.
+Attention and cross-entropy are PyTorch's own, except in bf16 on a CPU: there they are computed in pieces that stay in
+the cache, attention as plain products, which are faster than the kernel, and the loss without float32 copies of the
+logits.
 """
 import math
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 QUERIES = 128    # of attention at a time
 LOGITS = 2**19   # of cross-entropy in float32 at a time
@@ -22,17 +24,55 @@ def in_bf16_on_cpu(x):
 # Attention
 
 
-def causal_attention(q, k, v, scale, dropout=0.0):
+def rotate(x, start):
+    """Rotary positions for (B, H, T, D) of tokens `start` and later, by pairs (d, d + D/2): arXiv:2104.09864."""
+    T, D = x.shape[-2:]
+    frequencies = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D / 2,)
+    angles = torch.arange(start, start + T, device=x.device)[:, None] * frequencies  # (T, D / 2)
+    (a, b), cos, sin = x.chunk(2, dim=-1), angles.cos(), angles.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def alibi_slopes(n_head, device):
+    """2^(-8 h / H) for h = 1 .. H: arXiv:2108.12409, here also where H is no power of two."""
+    return 2.0 ** (-8 / n_head * torch.arange(1, n_head + 1, device=device))
+
+
+def alibi_mask(n_head, T, keys, device):
+    """(H, T, keys) to add to the logits of the last T of so many positions: -slope * distance, -inf for the future."""
+    distance = torch.arange(keys - T, keys, device=device)[:, None] - torch.arange(keys, device=device)  # (T, keys)
+    mask = -alibi_slopes(n_head, device)[:, None, None] * distance
+    return mask.masked_fill(distance < 0, -math.inf)
+
+
+def flex_alibi(q, k, v, scale):
+    """Attention with alibi_mask(), which is never made; for torch.compile."""
+    slopes = alibi_slopes(q.size(1), q.device)
+    causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.size(2), k.size(2), device=q.device)
+    return flex_attention(q, k, v, lambda score, b, h, i, j: score - slopes[h] * (i - j), causal, scale,
+                          enable_gqa=q.size(1) != k.size(1))
+
+
+def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
     """softmax(scale Q K^T) V with every position blind to later ones: (B, H, T, D) each -> (B, H, T, D).
 
-    A single query sees all keys: it is the last of their positions.
+    A single query sees all keys: it is the last of their positions. Keys and values may have fewer heads, each then
+    serves several of the queries. `alibi` adds -slope * distance to the logits.
     """
-    assert q.size(2) in (1, k.size(2)), f'{q.size(2)} queries for {k.size(2)} keys: one, or as many'
-    if in_bf16_on_cpu(q) and not dropout and q.size(2) > 1:
-        B, H, T, D = q.shape
-        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-        return CausalProducts.apply(q, k, v, scale).view(B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, scale=scale, dropout_p=dropout)
+    (H, T), (kv_heads, keys) = q.shape[1:3], k.shape[1:3]
+    assert T in (1, keys), f'{T} queries for {keys} keys: one, or as many'
+    if alibi and T > 1 and not dropout and q.is_cuda and torch.compiler.is_compiling():
+        return flex_alibi(q, k, v, scale)
+    if alibi:
+        mask = alibi_mask(H, T, keys, q.device).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=H != kv_heads)
+    if in_bf16_on_cpu(q) and not dropout and T > 1:
+        if H != kv_heads:
+            k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
+        y = CausalProducts.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale)  # (B * H, T, D) each
+        return y.view(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, scale=scale,
+                                          enable_gqa=H != kv_heads)
 
 
 class CausalProducts(torch.autograd.Function):
@@ -67,6 +107,12 @@ class CausalProducts(torch.autograd.Function):
             dq[:, start:end] = ctx.scale * (ds @ k[:, :end])
             dk[:, :end].baddbmm_(ds.mT, q[:, start:end], alpha=ctx.scale)
         return dq, dk, dv, None
+
+
+def swiglu(x):
+    """(.., 2 F) -> (.., F): the second half times SiLU of the first (arXiv:2002.05202)."""
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
 
 
 # -----------------------------------------------------------------------------

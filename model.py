@@ -17,6 +17,7 @@ Papers: CompleteP arXiv:2505.01618, muP (Tensor Programs V) arXiv:2203.03466, Su
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
-from functional import causal_attention, cross_entropy
+from functional import causal_attention, cross_entropy, rotate, swiglu
+from optimizers import make_optimizer
 
 # -----------------------------------------------------------------------------
 # The parameterization
@@ -58,29 +60,37 @@ class Rule(NamedTuple):
     weight_decay: float | None = None
     eps: float | None = None
     forward: float = 1.0
+    muon: tuple | None = None  # (lr, weight_decay, eps) where Muon takes the step
 
 
-def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init):
+def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init, unembed_form='multiplier'):
     """The factor on every base hyperparameter, by role, for AdamW: Table 1 of arXiv:2505.01618 in its v4 form.
+
+    OPTIMIZERS has what follows from it for others; muon is from Table 4 of arXiv:2603.00541.
 
     rho enters init and learning rate as in arXiv:2405.15743. That it enters weight decay too, so that a hidden
     weight's lr * weight_decay moves with neither width nor density, is our derivation. The paper scales Q K^T by
     1/n_embd and its code by 1/head_dim; ours is 1/sqrt(head_dim) at the base and falls as 1/head_dim from there, so
     that every parameterization is the same model at the base shape (see test_base_equivalence).
+    unembed_form='weights' moves the factor on the logits into the weights, as Table 1 of arXiv:2512.22382: under Adam
+    the same training.
     """
     fan_in = m_N * rho            # how many more inputs a hidden unit sums over than in the base model
     std = fan_in ** -0.5          # keeps that sum's size
     branch = m_L ** -alpha        # multiplier on every residual branch
     depth = m_L ** (alpha - 1)    # the lr factor that goes with it: branch * depth = 1 / m_L for every alpha
+    muon = depth, 1.0, branch     # a step's size does not depend on fan_in; eps stands beside the whole gradient's norm
+    logits, unembed = (1 / m_N, 1.0) if unembed_form == 'multiplier' else (1.0, 1 / m_N)
     return {
         # role                    init_std         lr              weight_decay  eps           forward
         'embedding':         Rule(1.0,             1.0,            1.0,          1 / m_N,      1.0),
         'block_norm':        Rule(0.0,             depth,          0.0,          branch / m_N, 1.0),
-        'hidden_weight':     Rule(std,             depth / fan_in, fan_in,       branch / m_N, 1.0),
-        'residual_proj':     Rule(std * gpt2_init, depth / fan_in, fan_in,       branch / m_N, 1.0),
+        'qk_norm':           Rule(0.0,             depth,          0.0,          branch,       1.0),  # of all heads
+        'hidden_weight':     Rule(std,             depth / fan_in, fan_in,       branch / m_N, 1.0, muon),
+        'residual_proj':     Rule(std * gpt2_init, depth / fan_in, fan_in,       branch / m_N, 1.0, muon),
         'hidden_bias':       Rule(0.0,             depth,          0.0,          branch / m_N, 1.0),
         'final_norm':        Rule(0.0,             1.0,            0.0,          1 / m_N,      1.0),
-        'unembedding':       Rule(1.0,             1.0,            1.0,          1 / m_N,      1 / m_N),
+        'unembedding':       Rule(unembed,         unembed,        1 / unembed,  logits,       logits),
         # multipliers without a tensor of their own
         'residual_branch':   Rule(forward=branch),
         'attention_logits':  Rule(forward=m_D ** -0.5),      # on top of 1/sqrt(head_dim)
@@ -90,6 +100,7 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init):
 ROLES = {  # every parameter's full name must match exactly one pattern
     'embedding':     r'transformer\.(wte|wpe)\.weight',
     'block_norm':    r'transformer\.h\.\d+\.ln_[12]\.(weight|bias)',
+    'qk_norm':       r'transformer\.h\.\d+\.attn\.[qk]_norm\.weight',
     'hidden_weight': r'transformer\.h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight',
     'residual_proj': r'transformer\.h\.\d+\.(attn|mlp)\.c_proj\.weight',
     'hidden_bias':   r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias',
@@ -106,6 +117,38 @@ def role_of(name):
     return roles[0]
 
 
+OPTIMIZERS = {  # what each makes of a rule: the factors on learning rate, weight decay and eps
+    'adamw': lambda rule: (rule.lr, rule.weight_decay, rule.eps),
+    'lion':  lambda rule: (rule.lr, rule.weight_decay, rule.eps),  # it moves a weight by its lr, as AdamW does
+    'muon':  lambda rule: rule.muon or (rule.lr, rule.weight_decay, rule.eps),  # AdamW where it is no hidden matrix
+    # it moves a weight by lr * gradient, and gradients fall as AdamW's eps does; lr * weight decay is AdamW's
+    'sgd':   lambda rule: (rule.lr / rule.eps, rule.weight_decay * rule.eps, rule.eps),
+}
+
+
+# -----------------------------------------------------------------------------
+# The config
+
+NORMS = {
+    'layernorm': lambda size, gain, bias: nn.LayerNorm(size, elementwise_affine=gain, bias=bias),
+    'rmsnorm':   lambda size, gain, bias: nn.RMSNorm(size, eps=1e-5, elementwise_affine=gain),
+}
+ACTIVATIONS = {
+    'gelu':   partial(F.gelu, approximate='tanh'),  # GPT-2's own; nanoGPT uses the erf form
+    'relu':   F.relu,
+    'relu2':  lambda x: F.relu(x).square(),
+    'swiglu': swiglu,
+}
+ATTN_SCALES = {  # on Q K^T, of head_dim D, n_embd N and the rule of the attention logits
+    'base':     lambda D, N, rule: rule * D ** -0.5,
+    '1/sqrt_d': lambda D, N, rule: D ** -0.5,
+    '1/d':      lambda D, N, rule: 1 / D,
+    '1/N':      lambda D, N, rule: 1 / N,
+}
+CHOICES = dict(parameterization=PARAMETERIZATIONS, norm=NORMS, activation=ACTIVATIONS, attn_scale=ATTN_SCALES,
+               pos=('learned', 'rope', 'alibi', 'none'), unembed_form=('multiplier', 'weights'))
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 1024         # longest context, tokens
@@ -115,7 +158,18 @@ class GPTConfig:
     head_dim: int = 64             # n_head = n_embd / head_dim; keep it fixed while n_embd grows
     dropout: float = 0.0
     bias: bool = True              # in Linears and LayerNorms, as in GPT-2
+    norm: str = 'layernorm'        # or rmsnorm
+    norm_gain: bool = True         # False: norms have no parameters
+    qk_norm: bool = False          # a norm on every head's queries and keys
+    activation: str = 'gelu'       # gelu, relu, relu2 (squared), swiglu (as many weights, two thirds of the units)
+    pos: str = 'learned'           # learned, rope, alibi, none
+    n_kv_head: int = 0             # heads of keys and values, each for n_head / n_kv_head of the queries'; 0: n_head
     tie_weights: bool = False      # one tensor for wte and lm_head; it then follows the rule of the embedding
+    attn_scale: str = 'base'       # of Q K^T: base (1/sqrt(head_dim) there, as 1/head_dim from there), 1/sqrt_d, 1/d,
+    #                                1/N (of n_embd)
+    unembed_form: str = 'multiplier'  # where 1/m_N is: on the logits, or in the unembedding's weights
+    zero_init_query: bool = False
+    zero_init_unembed: bool = False
     # base hyperparameters, to be tuned at the base shape (with the learning rate, weight decay and eps)
     init_std: float = 0.02
     input_mult: float = 1.0        # on the embedding
@@ -136,14 +190,21 @@ class GPTConfig:
         def require(ok, name, allowed):
             if not ok:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not allowed: {allowed}')
-        require(self.parameterization in PARAMETERIZATIONS, 'parameterization',
-                f"choose one of {', '.join(PARAMETERIZATIONS)}")
+        for name, choices in CHOICES.items():
+            require(getattr(self, name) in choices, name, f"choose one of {', '.join(choices)}")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd',
                      'base_head_dim'):
             require(type(getattr(self, name)) is int and getattr(self, name) >= 1, name, 'use an integer of at least 1')
         for name in ('init_std', 'input_mult', 'attn_mult', 'output_mult'):
             require(0 <= getattr(self, name) < math.inf, name, 'use a finite value of at least 0')
         require(self.n_embd % self.head_dim == 0, 'n_embd', f'use a multiple of head_dim={self.head_dim}')
+        heads = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+        require(self.n_kv_head in (0, *heads), 'n_kv_head',
+                f"use one of {', '.join(map(str, heads))}, which divide n_head={self.n_head}, or 0 for n_head")
+        require(self.pos != 'rope' or self.head_dim % 2 == 0, 'head_dim', "pos='rope' rotates pairs, use an even one")
+        for name, value in (('zero_init_unembed', True), ('unembed_form', 'weights')):
+            require(not self.tie_weights or getattr(self, name) != value, name,
+                    'with tie_weights=True it would change the embedding, use another value or untied weights')
         require(0 <= self.real_vocab_size <= self.vocab_size, 'real_vocab_size', f'use 0..{self.vocab_size}')
         require(0 <= self.dropout < 1, 'dropout', 'use a value in [0, 1)')
         require(0 < self.density <= 1, 'density', 'use a value in (0, 1]; 1 is dense')
@@ -169,6 +230,7 @@ class GPTConfig:
             rho=self.density ** sees.density,
             alpha=self.alpha or sees.alpha,
             gpt2_init=(2 * self.n_layer) ** (-0.5 * sees.gpt2_init),
+            unembed_form=self.unembed_form,
         )
 
 
@@ -213,18 +275,28 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = hidden_linear(config.n_embd, 3 * config.n_embd, config)  # query, key and value in one
+        self.heads = config.n_head, *[config.n_kv_head or config.n_head] * 2  # of queries, keys and values
+        self.head_dim, self.dropout, self.pos = config.head_dim, config.dropout, config.pos
+        self.c_attn = hidden_linear(config.n_embd, sum(self.heads) * config.head_dim, config)  # all three in one
+        self.q_norm, self.k_norm = (  # no biases: softmax does not see what all keys share
+            NORMS[config.norm](config.head_dim, config.norm_gain, bias=False) if config.qk_norm else nn.Identity()
+            for _ in range(2))
         self.c_proj = hidden_linear(config.n_embd, config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.head_dim, self.dropout = config.head_dim, config.dropout
-        self.logit_mult = config.attn_mult * config.rules['attention_logits'].forward / math.sqrt(config.head_dim)
+        self.logit_mult = config.attn_mult * ATTN_SCALES[config.attn_scale](
+            config.head_dim, config.n_embd, config.rules['attention_logits'].forward)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, all heads, T, D)
+        q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.pos == 'rope':
+            start = cache.length if cache else 0
+            q, k = rotate(q, start), rotate(k, start)
         if cache:
             k, v = cache.append(k, v)
-        y = causal_attention(q, k, v, self.logit_mult, self.dropout if self.training else 0.0)
+        y = causal_attention(q, k, v, self.logit_mult, self.dropout if self.training else 0.0, self.pos == 'alibi')
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
 
@@ -233,22 +305,24 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = hidden_linear(config.n_embd, 4 * config.n_embd, config)
-        self.gelu = nn.GELU(approximate='tanh')  # GPT-2's own; nanoGPT uses the erf form
-        self.c_proj = hidden_linear(4 * config.n_embd, config.n_embd, config)
+        gated = config.activation == 'swiglu'  # two products before it, each 8/3 n_embd wide
+        d_ff = 8 * round(config.n_embd / 3) if gated else 4 * config.n_embd
+        self.c_fc = hidden_linear(config.n_embd, d_ff * (1 + gated), config)
+        self.activation = ACTIVATIONS[config.activation]
+        self.c_proj = hidden_linear(d_ff, config.n_embd, config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
 class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config.n_embd, config.norm_gain, config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.norm](config.n_embd, config.norm_gain, config.bias)
         self.mlp = MLP(config)
         self.branch_mult = config.rules['residual_branch'].forward
 
@@ -276,10 +350,10 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=NORMS[config.norm](config.n_embd, config.norm_gain, config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.input_mult = config.input_mult * config.rules['embedding'].forward
@@ -291,7 +365,7 @@ class GPT(nn.Module):
         """Draws every weight and every mask, in the order of their names: the only place that initialises."""
         if self.config.tie_weights:  # here, because to_empty() unties
             self.lm_head.weight = self.transformer.wte.weight
-        rules = self.config.rules
+        c, rules = self.config, self.config.rules
         for name, p in self.weights():
             role = role_of(name)
             if p.is_meta:
@@ -299,12 +373,16 @@ class GPT(nn.Module):
             if p.dim() == 1:  # norms start as the identity, biases at zero
                 p.fill_(1.0 if role.endswith('norm') and name.endswith('weight') else 0.0)
             else:  # drawn whole and on the CPU: the same values on every device and every number of them
-                std = self.config.init_std * rules[role].init_std
-                fill(p, torch.empty(p.shape).normal_(0.0, std, generator=generator))
-        mask_generator = torch.Generator().manual_seed(self.config.mask_seed)
+                values = torch.empty(p.shape).normal_(0.0, c.init_std * rules[role].init_std, generator=generator)
+                if c.zero_init_query and name.endswith('attn.c_attn.weight'):
+                    values[:c.n_embd] = 0.0  # the rows of the queries
+                if c.zero_init_unembed and role == 'unembedding':
+                    values.zero_()
+                fill(p, values)
+        mask_generator = torch.Generator().manual_seed(c.mask_seed)
         for module in self.modules():
             if isinstance(module, SparseLinear) and not module.mask.is_meta:
-                fill(module.mask, torch.rand(module.mask.shape, generator=mask_generator) < self.config.density)
+                fill(module.mask, torch.rand(module.mask.shape, generator=mask_generator) < c.density)
                 module.weight.mul_(module.mask)
 
     def weights(self):
@@ -320,7 +398,9 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f'sequence of {end} tokens is longer than block_size={self.config.block_size}: crop it')
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C) + (T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.pos == 'learned':
+            x = x + self.transformer.wpe.weight[start:end]  # (T, C)
         x = self.transformer.drop(self.input_mult * x)
         for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
             x = block(x, cache)
@@ -338,22 +418,39 @@ class GPT(nn.Module):
         logits = self.unembed(self.features(idx))
         return (logits, None) if targets is None else (None, cross_entropy(logits, targets))
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, eps, device_type):
-        """AdamW with one parameter group per role; the arguments are base values.
+    def matrices(self, name, p):
+        """Heights of the matrices that are stacked in the hidden weight `p` called `name`."""
+        if name.endswith('attn.c_attn.weight'):
+            return [heads * self.config.head_dim for heads in self.transformer.h[0].attn.heads]
+        gated = self.config.activation == 'swiglu' and name.endswith('mlp.c_fc.weight')
+        return [p.size(0) // 2] * 2 if gated else [p.size(0)]
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, eps, device_type, optimizer='adamw',
+                             muon_mult=1.0):
+        """The optimizer with one parameter group per role; the arguments are base values.
 
         A group holds its `role`, its own `lr`, `weight_decay` and `eps`, and `lr_scale` = lr / learning_rate for
-        schedules, which must multiply each group's lr instead of setting it.
+        schedules, which must multiply each group's lr instead of setting it. Raises ValueError.
         """
+        if optimizer == 'muon' and self.config.density < 1:
+            raise ValueError(f"optimizer='muon' has no rule for density={self.config.density}: its steps fill what is "
+                             'masked; use density=1 or another optimizer')
         groups, rules = {}, self.config.rules
         for name, p in self.weights():
             role = role_of(name)
-            rule = rules[role]
+            if rules[role].lr is None:
+                raise ValueError(f"role '{role}' has no rule for optimizer='{optimizer}': give it one in scaling_rules")
+            lr, decay, eps_factor = OPTIMIZERS[optimizer](rules[role])
+            by_muon = optimizer == 'muon' and rules[role].muon
+            lr *= muon_mult if by_muon else 1
             group = groups.setdefault(role, dict(
-                params=[], role=role, lr_scale=rule.lr, lr=learning_rate * rule.lr,
-                weight_decay=weight_decay * rule.weight_decay, eps=eps * rule.eps))
+                params=[], role=role, lr_scale=lr, lr=learning_rate * lr, weight_decay=weight_decay * decay,
+                eps=eps * eps_factor, **(dict(rows=[]) if by_muon else {})))
             group['params'].append(p)
-        return torch.optim.AdamW(groups.values(), lr=learning_rate, betas=betas, eps=eps,
-                                 fused=device_type in ('cuda', 'cpu'))
+            if by_muon:
+                group['rows'].append(self.matrices(name, p))
+        return make_optimizer(optimizer, list(groups.values()), learning_rate, betas, eps,
+                              fused=device_type in ('cuda', 'cpu'))
 
     def num_params(self):
         """Number of trained parameters, embeddings and masked weights included."""
@@ -363,7 +460,7 @@ class GPT(nn.Module):
         """FLOPs of one training token, forward and backward: 6 per weight in a product, plus attention
         (arXiv:2204.02311, Appendix B). Masked weights count: they are multiplied all the same."""
         c = self.config
-        looked_up = (0 if c.tie_weights else self.transformer.wte.weight.numel()) + self.transformer.wpe.weight.numel()
+        looked_up = c.n_embd * (c.vocab_size * (not c.tie_weights) + c.block_size * (c.pos == 'learned'))
         return 6 * (self.num_params() - looked_up) + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from functional import QUERIES
 from hardware import pick_device, pick_dtype
 from model import GPT
 from sweep import gpt_config
-from train import duration, split_batch, train
+from train import num_steps, split_batch, train
 
 UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where the dataset is not here to say
 
@@ -60,7 +60,8 @@ def memory(model, config, bench, product_bytes, cpu_bf16=False):
     tokens = local // micro_batches * config.block_size
     rows = {'weights': (4 * P + masks) / over, 'gradients': 4 * P / over, 'AdamW moments': 8 * P / over}
     if config.parallel == 'ddp':
-        cast = product_bytes * (P - model.transformer.wte.weight.numel() - model.transformer.wpe.weight.numel())
+        looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+        cast = product_bytes * (P - looked_up)
         rows['weights cast for products'] = cast if product_bytes < 4 else 0
         rows["DDP's buckets"] = 4 * P if n > 1 else 0
     else:  # the root's tensors stay gathered, with their gradients; of the blocks' two at a time, one ahead
@@ -111,7 +112,7 @@ def meta_model(config):
 def plan(config, bench):
     """Prints what training would need. Raises UserError for a batch that the GPUs cannot share."""
     model, vocabulary = meta_model(config)
-    steps, _ = duration(config, model.num_params())
+    steps = num_steps(config, model.num_params())
     tokens = steps * config.batch_tokens
     sequences, local, micro_batches = split_batch(config, bench.gpus)
     if config.parallel == 'hsdp' and bench.gpus > bench.gpus_per_host and bench.gpus % bench.gpus_per_host:

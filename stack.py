@@ -17,11 +17,12 @@ from torch.func import functional_call, stack_module_state, vmap
 from dataset import Dataset
 from hardware import pick_device, pick_dtype
 from model import GPT, GPTConfig
-from train import MODEL_KEYS, build_model, duration, lr_fraction, split_batch
+from train import MODEL_KEYS, at_length, build_model, lr_fraction, make_optimizer, num_steps, split_batch
 
 DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2', 'eps', 'grad_clip', 'init_std',
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
-             'base_head_dim', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac')
+             'base_head_dim', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac', 'weight_decay_mode', 'muon_mult',
+             'base_batch_tokens', 'base_train_tokens')
 
 
 def stackable(config):
@@ -33,6 +34,8 @@ def why_not_stack(config):
     """One line that says why runs like this one cannot be stacked, or None where they can."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    if config.qk_norm:
+        return 'a norm after the query takes the multiplier of the logits out again'
     if config.dropout:
         return 'dropout draws from one generator for all'
     if dtype == torch.float16:
@@ -67,8 +70,9 @@ def folded(params, models):
     config = models[0].config
     attn = [model.transformer.h[0].attn.logit_mult for model in models]
     branch = each(model.transformer.h[0].branch_mult for model in models)
-    # in c_attn the rows of the query, a third, carry the multiplier of the logits
-    query = each([[mult] * config.n_embd + [1.0] * 2 * config.n_embd for mult in attn])  # (K, 3 * C)
+    # in c_attn the rows of the query carry the multiplier of the logits
+    keys_and_values = models[0].transformer.h[0].attn.c_attn.out_features - config.n_embd
+    query = each([[mult] * config.n_embd + [1.0] * keys_and_values for mult in attn])  # (K, rows of c_attn)
     factors = {'attn.c_attn': query, 'c_proj': branch, 'transformer.wte': each(model.input_mult for model in models),
                'transformer.wpe': each(model.input_mult for model in models),
                'lm_head': each(model.output_mult for model in models)}
@@ -100,8 +104,8 @@ def train_stack(configs):
     data = Dataset(c.dataset)
     models = [build_model(config, data, None).to(device) for config in configs]
     num_params = models[0].num_params()
-    steps, _ = duration(c, num_params)
-    decays = [duration(config, num_params)[1] for config in configs]
+    steps = num_steps(c, num_params)
+    tuned = [at_length(config, steps) for config in configs]
 
     params, _ = stack_module_state(models)  # each (K, ...)
     masks = {name: params.pop(name) for name in list(params) if not params[name].requires_grad}
@@ -110,8 +114,7 @@ def train_stack(configs):
         for k, model in enumerate(models):
             p = model.get_parameter(name)
             p.data, p.grad = stacked.data[k], stacked.grad[k]
-    optimizers = [model.configure_optimizers(decay, config.learning_rate, (config.beta1, config.beta2), config.eps,
-                                             device.type) for model, config, decay in zip(models, configs, decays)]
+    optimizers = [make_optimizer(model, config, device.type) for model, config in zip(models, tuned)]
     # the model that all are run through: its multipliers are 1, because folded() has put them into the weights
     with torch.device('meta'):
         shape = GPT(replace(models[0].config, tie_weights=False))
@@ -143,7 +146,7 @@ def train_stack(configs):
         loss, norms = torch.stack([total, norm]).cpu()
         for stacked in params.values():
             stacked.grad.mul_(scale.view(K, *[1] * (stacked.dim() - 1)))
-        for k, (config, optimizer) in enumerate(zip(configs, optimizers)):
+        for k, (config, optimizer) in enumerate(zip(tuned, optimizers)):
             if diverged_at[k] is None and not (loss[k].isfinite() and norms[k].isfinite()):
                 diverged_at[k] = step
             if diverged_at[k] is None:
@@ -172,7 +175,8 @@ def train_stack(configs):
         summaries.append(dict(
             val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
             last_train_loss=loss[k].item(), steps=steps_taken, tokens=steps_taken * c.batch_tokens, params=num_params,
-            weight_decay=decays[k], seconds=seconds, diverged_at=diverged_at[k], stack=K, dtype=str(dtype)[6:],
+            weight_decay=tuned[k].weight_decay, seconds=seconds, diverged_at=diverged_at[k], stack=K,
+            dtype=str(dtype)[6:],
             device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
             torch=torch.__version__, config=asdict(replace(config, **asdict(models[k].config)))))
     return summaries

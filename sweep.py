@@ -42,7 +42,7 @@ from hardware import pick_device
 from model import GPT, PARAMETERIZATIONS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
 from sweep_report import Report, read_csv, write_csv
-from train import MODEL_KEYS, TrainConfig, duration, open_dataset, split_batch, train
+from train import MODEL_KEYS, TrainConfig, num_steps, open_dataset, split_batch, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
     'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
@@ -222,7 +222,7 @@ def cost(config, data):
     """FLOPs of one run: what the progress bar counts."""
     with torch.device('meta'):
         model = GPT(gpt_config(config, data.vocab_size))
-    steps, _ = duration(config, model.num_params())
+    steps = num_steps(config, model.num_params())
     return model.flops_per_token() * (steps * config.batch_tokens + config.eval_tokens / 3)
 
 

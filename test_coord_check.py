@@ -31,6 +31,7 @@ from coord_check import (
     write_csv,
 )
 from dataset import Dataset
+from test_model import VARIANTS, label
 from test_train import run
 from tokenizer import ByteTokenizer
 from write_dataset import write_dataset
@@ -79,12 +80,26 @@ def test_completep_supar_passes_and_its_control_fails(reports, axis, quantity, g
             assert max(slopes) > least
 
 
+OPTIMIZERS = [dict(optimizer='lion'), dict(optimizer='muon', learning_rate=4e-3),
+              dict(optimizer='sgd', learning_rate=0.2, weight_decay=0.0)]
+
+
+@pytest.mark.parametrize('axis', ['width', 'depth'])
+@pytest.mark.parametrize('variant', [*VARIANTS, *OPTIMIZERS], ids=label)
+def test_every_variant_keeps_the_promise(reports, variant, axis):
+    """Each change from the default, beside a control that has it, too, and must fail."""
+    if variant.get('optimizer') == 'lion':
+        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+    report, = reports(axis, parameterization='completep', seeds=6, probe_tokens=256, **variant).values()
+    assert report.passed, report
+
+
 def rules_with(monkeypatch, **mutated):
     """Replaces the rules: {role: {column: value}}, or alpha=number."""
     original = model.scaling_rules
 
-    def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init):
-        rules = original(m_N, m_L, m_D, rho, mutated.get('alpha', alpha), gpt2_init)
+    def scaling_rules(m_N, m_L, m_D, rho, alpha, *rest, **more):
+        rules = original(m_N, m_L, m_D, rho, mutated.get('alpha', alpha), *rest, **more)
         for role, change in mutated.items():
             if role != 'alpha':
                 changed = change(rules[role], rho) if callable(change) else change

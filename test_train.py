@@ -131,9 +131,14 @@ def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
     dict(),
     dict(dropout=0.3, parameterization='completep_supar', density=0.5, tie_weights=True, weight_decay=0.1),
     dict(schedule='cosine', batch_size=8, grad_clip=0.0),
+    dict(optimizer='muon', weight_decay=0.1, weight_decay_mode='independent', pos='rope', n_kv_head=1),
+    dict(optimizer='sgd', learning_rate=0.1, base_batch_tokens=256),
+    dict(optimizer='lion', norm='rmsnorm', qk_norm=True, activation='swiglu', unembed_form='weights'),
 ])
 def test_resume_is_bitwise(tiny, tmp_path, changes):
     """N steps straight equal some, a stop, and the rest from the checkpoint at N/2."""
+    if changes.get('optimizer') == 'lion':
+        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
     config = replace(tiny, **changes)
     straight = train(config)
     halves = replace(config, out_dir=str(tmp_path / 'halves'))
@@ -541,11 +546,13 @@ def test_every_model_key_reaches_the_model(tiny):
     changed = dict(dropout=0.1, bias=False, tie_weights=True, density=0.5, mask_seed=3, parameterization='depth_mup',
                    alpha=0.75, base_n_layer=4, base_n_embd=64, base_head_dim=8, init_std=0.1, input_mult=2.0,
                    attn_mult=2.0, output_mult=2.0, vocab_size=300, real_vocab_size=299, n_layer=3, n_embd=48,
-                   head_dim=24, block_size=8)
-    assert set(changed) == set(MODEL_KEYS)
-    config = replace(tiny, **changed)
-    model = train_module.build_model(config, Dataset(tiny.dataset), None)
-    assert asdict(model.config) == changed
+                   head_dim=24, block_size=8, norm='rmsnorm', norm_gain=False, qk_norm=True, activation='relu2',
+                   pos='rope', n_kv_head=1, attn_scale='1/d', zero_init_query=True)
+    untied = dict(tie_weights=False, unembed_form='weights', zero_init_unembed=True)
+    assert {*changed, *untied} == set(MODEL_KEYS)
+    for values in (changed, {**changed, **untied}):
+        model = train_module.build_model(replace(tiny, **values), Dataset(tiny.dataset), None)
+        assert {key: value for key, value in asdict(model.config).items() if key in values} == values
 
 
 # -----------------------------------------------------------------------------
@@ -691,7 +698,10 @@ def test_files_and_flags_apply_from_left_to_right(tmp_path):
 
 
 @pytest.mark.parametrize('key, value, message', [
-    ('schedule', 'step', "schedule='step' is not known: use linear, cosine or constant"),
+    ('schedule', 'step', "schedule='step' is not known: use linear, cosine, constant"),
+    ('optimizer', 'adam', "optimizer='adam' is not known: use adamw, lion, muon, sgd"),
+    ('weight_decay_mode', 'decoupled', "weight_decay_mode='decoupled' is not known: use coupled, independent"),
+    ('base_batch_tokens', -1, 'base_batch_tokens=-1 is not allowed'),
     ('learning_rate', -1.0, 'learning_rate=-1.0 is not allowed: use a finite value of at least 0'),
     ('learning_rate', math.inf, 'learning_rate=inf is not allowed'),
     ('eps', 0.0, 'eps=0.0 is not allowed'),

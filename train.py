@@ -28,7 +28,7 @@ from configurator import UserError, configure, exit_on_user_error, first_line, r
 from dataset import DATA_DIR, Dataset
 from faults import StopSignals, lock
 from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype, why_not_compile
-from model import GPT, GPTConfig
+from model import GPT, OPTIMIZERS, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
 
@@ -46,8 +46,9 @@ class TrainConfig:
     batch_tokens: int = 16384              # tokens per optimizer step, over all devices and micro-batches
     batch_size: int = 32                   # sequences per micro-batch and device; accumulation follows
     # duration
-    max_iters: int = 1000                  # optimizer steps, unless tokens_per_param is set
-    tokens_per_param: float = 0.0          # duration in tokens per parameter; 0: max_iters counts
+    max_iters: int = 1000                  # optimizer steps, unless one of the next two is set
+    train_tokens: int = 0                  # duration in tokens
+    tokens_per_param: float = 0.0          # duration in tokens per parameter
     # model (see GPTConfig)
     n_layer: int = 2
     n_embd: int = 256
@@ -56,7 +57,17 @@ class TrainConfig:
     real_vocab_size: int = 0               # 0: the dataset's; ids from here up are never sampled
     dropout: float = 0.0
     bias: bool = True                      # in linear layers and norms
+    norm: str = 'layernorm'                # or rmsnorm
+    norm_gain: bool = True                 # False: norms have no parameters
+    qk_norm: bool = False                  # a norm on every head's queries and keys
+    activation: str = 'gelu'               # gelu, relu, relu2 (squared), swiglu
+    pos: str = 'learned'                   # positions: learned, rope, alibi, none
+    n_kv_head: int = 0                     # heads of keys and values; 0: n_head
     tie_weights: bool = False              # embedding and unembedding share one tensor
+    attn_scale: str = 'base'               # of Q K^T: base (see README), 1/sqrt_d, 1/d, 1/N
+    unembed_form: str = 'multiplier'       # where 1/m_N is: multiplier (on the logits), weights (in their init and lr)
+    zero_init_query: bool = False
+    zero_init_unembed: bool = False
     density: float = 1.0                   # fraction of attention and MLP weights that are not masked
     mask_seed: int = 1
     # parameterization and the shape at which the hyperparameters below were tuned
@@ -72,12 +83,18 @@ class TrainConfig:
     output_mult: float = 1.0               # on the logits
     learning_rate: float = 4e-3            # peak
     weight_decay: float = 0.0              # PyTorch's: a step shrinks weights by lr * weight_decay
+    weight_decay_mode: str = 'coupled'     # independent: a step shrinks weights by weight_decay, however high the lr
     tau_ema: float = 0.0                   # > 0 sets weight_decay = 1 / (tau_ema * learning_rate * steps)
-    beta1: float = 0.9
+    optimizer: str = 'adamw'               # adamw, lion, muon (AdamW where it is no hidden matrix), sgd
+    muon_mult: float = 5.0                 # of Muon's learning rate to AdamW's beside it
+    beta1: float = 0.9                     # the momentum of Muon and SGD, too
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0                 # largest norm of the whole gradient; 0: no clipping
     skip_grad_norm: float = 0.0            # a step whose gradient has a larger norm is not taken; 0: every step is
+    # the batch and duration at which they were tuned: learning_rate, weight_decay, eps and betas follow; 0: they do not
+    base_batch_tokens: int = 0
+    base_train_tokens: int = 0
     # schedule, a fraction of every learning rate
     warmup_frac: float = 0.1               # of the steps, linear from zero
     schedule: str = 'linear'               # linear, cosine or constant after the warm-up
@@ -103,10 +120,10 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
-        require_at_least(self, block_size=1, batch_tokens=1, batch_size=1, max_iters=1, tokens_per_param=0,
-                         learning_rate=0, weight_decay=0, tau_ema=0, eps=1e-38, grad_clip=0, skip_grad_norm=0,
-                         eval_interval=0, eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0,
-                         timeout_s=1)
+        require_at_least(self, block_size=1, batch_tokens=1, batch_size=1, max_iters=1, train_tokens=0,
+                         tokens_per_param=0, learning_rate=0, weight_decay=0, tau_ema=0, muon_mult=0, eps=1e-38,
+                         grad_clip=0, skip_grad_norm=0, base_batch_tokens=0, base_train_tokens=0, eval_interval=0,
+                         eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0, timeout_s=1)
         for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
             value, end = getattr(self, key), ')' if key.startswith('beta') else ']'
             if not 0 <= value <= 1 or (value == 1 and end == ')'):
@@ -116,13 +133,20 @@ class TrainConfig:
                             f"{', '.join(GPT2_NAMES)}")
         if self.parallel not in parallel.KINDS:
             raise UserError(f"parallel='{self.parallel}' is not known: use {', '.join(parallel.KINDS)}")
-        if self.schedule not in ('linear', 'cosine', 'constant'):
-            raise UserError(f"schedule='{self.schedule}' is not known: use linear, cosine or constant")
-        if self.tau_ema and self.weight_decay:
-            raise UserError(f'tau_ema={self.tau_ema} and weight_decay={self.weight_decay} both set the decay: '
-                            'leave one of them at 0')
-        if self.tau_ema and not self.learning_rate:
-            raise UserError('tau_ema needs learning_rate > 0: weight_decay = 1 / (tau_ema * learning_rate * steps)')
+        for key, choices in (('schedule', ('linear', 'cosine', 'constant')), ('optimizer', OPTIMIZERS),
+                             ('weight_decay_mode', ('coupled', 'independent'))):
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}='{getattr(self, key)}' is not known: use {', '.join(choices)}")
+        for key, other, what in (('tau_ema', 'weight_decay', 'decay'),
+                                 ('train_tokens', 'tokens_per_param', 'duration')):
+            if getattr(self, key) and getattr(self, other):
+                raise UserError(f'{key}={getattr(self, key)} and {other}={getattr(self, other)} both set the {what}: '
+                                'leave one of them at 0')
+        if not self.learning_rate and (self.tau_ema or self.weight_decay and self.weight_decay_mode == 'independent'):
+            raise UserError('tau_ema and independent weight decay need learning_rate > 0: they divide by it')
+        if self.optimizer == 'muon' and self.parallel != 'ddp':
+            raise UserError(f"optimizer='muon' needs whole matrices, parallel='{self.parallel}' shards them: use ddp, "
+                            'or another optimizer')
 
 
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
@@ -139,13 +163,44 @@ def lr_fraction(config, step, steps):
     return floor + (1 - floor) * left[config.schedule]
 
 
-def duration(config, num_params):
-    """(optimizer steps, weight decay) of a run: those given, or those that follow from the size of the model."""
+def num_steps(config, num_params):
+    """Optimizer steps of a run."""
+    tokens = config.train_tokens or config.tokens_per_param * num_params
+    return max(1, round(tokens / config.batch_tokens)) if tokens else config.max_iters
+
+
+def at_length(config, steps):
+    """The config with the learning rate, weight decay, eps and betas that follow from its batch and so many steps.
+
+    They keep the noise of a run of the base's batch and duration: Table 1 of arXiv:2512.22382. Raises UserError.
+    """
+    c, tokens = config, steps * config.batch_tokens
+    m_B = c.batch_tokens / (c.base_batch_tokens or c.batch_tokens)
+    m_D = tokens / (c.base_train_tokens or tokens)
+    ratio = m_B / m_D
+    for key in ('beta1', 'beta2'):
+        largest = 1 / (1 - getattr(c, key))
+        if ratio > largest * (1 - 1e-9):
+            raise UserError(f'batch_tokens is {m_B:g} and the duration {m_D:g} times the base: {key}='
+                            f'{getattr(c, key)} has no counterpart there; their ratio must stay below {largest:g}')
+    weight_decay = c.weight_decay / c.learning_rate if c.weight_decay_mode == 'independent' else c.weight_decay
+    weight_decay *= ratio ** 0.5
+    learning_rate = c.learning_rate * ratio ** 0.5
+    if c.tau_ema:
+        weight_decay = 1 / (c.tau_ema * learning_rate * steps)
+    return replace(c, learning_rate=learning_rate, weight_decay=weight_decay, tau_ema=0.0, weight_decay_mode='coupled',
+                   eps=c.eps * ratio ** -0.5, beta1=c.beta1 + (1 - c.beta1) * (1 - ratio),
+                   beta2=c.beta2 + (1 - c.beta2) * (1 - ratio))
+
+
+def make_optimizer(model, config, device_type):
+    """The optimizer of a config that at_length() returned. Raises UserError."""
     c = config
-    steps = c.max_iters
-    if c.tokens_per_param:
-        steps = max(1, round(c.tokens_per_param * num_params / c.batch_tokens))
-    return steps, 1 / (c.tau_ema * c.learning_rate * steps) if c.tau_ema else c.weight_decay
+    try:
+        return model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device_type,
+                                          c.optimizer, c.muon_mult)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def split_batch(config, world_size):
@@ -301,8 +356,9 @@ def run(config, stop, at_end):
         model.to_empty(device=device)
         model.init_weights(torch.Generator().manual_seed(c.seed))
     model.to(device)
-    steps, weight_decay = duration(c, model.num_params())
-    optimizer = model.configure_optimizers(weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
+    steps = num_steps(c, model.num_params())
+    tuned = at_length(c, steps)
+    optimizer = make_optimizer(model, tuned, device.type)
     first_step, best_val_loss = 0, math.inf
     if saved:
         first_step, best_val_loss = saved['step'], saved['best_val_loss']
@@ -318,6 +374,9 @@ def run(config, stop, at_end):
     say(f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '
         f'{c.block_size} = {world_size} process(es) x {accumulation} micro-batch(es) x {batch_size}; '
         f'{steps * c.batch_tokens:,} tokens on {device}, {str(dtype)[6:]}{f", {c.parallel}" if world_size > 1 else ""}')
+    if (tuned.beta1, tuned.learning_rate) != (c.beta1, c.learning_rate):
+        say(f'batch and duration against the base: learning_rate {tuned.learning_rate:.4g}, weight_decay '
+            f'{tuned.weight_decay:.4g}, eps {tuned.eps:.4g}, beta1 {tuned.beta1:.6g}, beta2 {tuned.beta2:.6g}')
     say(f'{c.parameterization}: {c.n_layer} layers x {c.n_embd}, density {c.density:g}; base {c.base_n_layer} x '
         f'{c.base_n_embd}\n{metrics.describe(model, optimizer)}')
     if c.compile:
@@ -414,7 +473,7 @@ def run(config, stop, at_end):
         step_started = time.perf_counter()
         fraction = lr_fraction(c, step, steps)
         for group in optimizer.param_groups:
-            group['lr'] = c.learning_rate * group['lr_scale'] * fraction
+            group['lr'] = tuned.learning_rate * group['lr_scale'] * fraction
         # dropout's random state, like the data, is a function of (seed, step, rank): a resumed run has the same
         torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))
         starts = data.train_starts(c.seed, step, sequences, c.block_size)[rank * local_sequences:]
@@ -435,7 +494,7 @@ def run(config, stop, at_end):
         note = ''
         if step % c.log_interval == 0:
             tokens_per_s = timed_steps * c.batch_tokens / train_s
-            row.update(loss=loss, lr=c.learning_rate * fraction, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
+            row.update(loss=loss, lr=tuned.learning_rate * fraction, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
             train_s, timed_steps = 0.0, 0
             if peak:
                 note = f' | {model.flops_per_token() * tokens_per_s / world_size / peak:.1%} MFU'
@@ -459,7 +518,7 @@ def run(config, stop, at_end):
     summary = dict(
         val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
         last_train_loss=loss, steps=step, tokens=step * c.batch_tokens, params=model.num_params(),
-        weight_decay=weight_decay, seconds=time.perf_counter() - started, diverged_at=diverged_at,
+        weight_decay=tuned.weight_decay, seconds=time.perf_counter() - started, diverged_at=diverged_at,
         stopped_by=stopped_by or None, skipped_steps=skipped_steps,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, dtype=str(dtype)[6:],
         processes=world_size, torch=torch.__version__, config=asdict(c))

@@ -1,0 +1,67 @@
+"""
+Optimizers by name. How each follows the shape of a model is in model.py: OPTIMIZERS.
+"""
+import math
+
+import torch
+
+from configurator import UserError
+
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # as in torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
+
+
+def orthogonalized(x, eps):
+    """(M, N) -> nearly the orthogonal matrix beside it, singular values 0.7 .. 1.2, in bf16."""
+    a, b, c = NEWTON_SCHULZ
+    tall = x.size(0) > x.size(1)
+    y = x.bfloat16().T if tall else x.bfloat16()
+    y = y / y.norm().clamp(min=eps)
+    for _ in range(5):
+        square = y @ y.T
+        y = torch.addmm(y, torch.addmm(square, square, square, beta=b, alpha=c), y, beta=a)
+    return y.T if tall else y
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the parameters of groups that have `rows` are matrices stacked on each other, and take Muon's steps.
+
+    A step is lr * sqrt(d_out / d_in) times the orthogonalized momentum (arXiv:2512.05620, Table 1), of every matrix by
+    itself. torch.optim.Muon has neither: it takes a stack as one, and its factor is never below 1.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        for group in groups:
+            for p, rows in zip(group['params'], group.get('rows', ())):
+                if p.grad is None:
+                    continue
+                state, beta = self.state[p], group['betas'][0]
+                if not state:  # by AdamW's names, which it expects when a state is loaded
+                    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p))
+                state['step'] += 1
+                update = p.grad.lerp(state['exp_avg'].lerp_(p.grad, 1 - beta), beta)  # Nesterov's
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                for w, u in zip(p.split(rows), update.split(rows)):
+                    w.add_(orthogonalized(u, group['eps']), alpha=-group['lr'] * math.sqrt(w.size(0) / w.size(1)))
+        self.param_groups = [group for group in groups if 'rows' not in group]
+        loss = super().step(closure)
+        self.param_groups = groups
+        return loss
+
+
+def lion(groups, learning_rate, betas):
+    try:
+        from lion_pytorch import Lion
+    except ImportError:
+        raise UserError("optimizer='lion' needs a package: pip install lion-pytorch") from None
+    return Lion(groups, learning_rate, betas)
+
+
+def make_optimizer(name, groups, learning_rate, betas, eps, fused):
+    """The optimizer called `name` of parameter groups; beta1 is the momentum of SGD and Muon. Raises UserError."""
+    return dict(
+        adamw=lambda: torch.optim.AdamW(groups, learning_rate, betas, eps, fused=fused),
+        lion=lambda: lion(groups, learning_rate, betas),
+        muon=lambda: Muon(groups, learning_rate, betas, eps),
+        sgd=lambda: torch.optim.SGD(groups, learning_rate, momentum=betas[0], fused=fused))[name]()

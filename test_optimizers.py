@@ -1,0 +1,192 @@
+"""Tests of the optimizers: rules against numbers typed by hand, steps against torch's and against arithmetic."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configurator import UserError
+from model import GPT, OPTIMIZERS, GPTConfig, Rule
+from optimizers import Muon, orthogonalized
+from test_model import TINY, make, train_steps
+from train import TrainConfig, at_length, num_steps, train
+
+BIG = replace(TINY, n_layer=16, n_embd=128, parameterization='completep')  # m_N = 4, m_L = 8
+HIDDEN, VECTORS = ('hidden_weight', 'residual_proj'), ('block_norm', 'hidden_bias')
+
+
+def groups_of(config, name, **values):
+    values = dict(weight_decay=0.1, learning_rate=0.01, betas=(0.9, 0.95), eps=1e-8, device_type='cpu') | values
+    if name == 'lion':
+        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+    with torch.device('meta'):
+        model = GPT(config)
+    return {group['role']: group for group in model.configure_optimizers(**values, optimizer=name).param_groups}
+
+
+# Typed by hand from Table 1 of arXiv:2505.01618, Table 4 and the SGD row of arXiv:2603.00541, for m_N = 4, m_L = 8 and
+# alpha: lr of hidden weights, of norms and biases in blocks, of embedding and final norm, of the unembedding
+GOLDEN = [('adamw', 1.0, (0.25, 1, 1, 1)), ('lion', 1.0, (0.25, 1, 1, 1)), ('muon', 1.0, (5, 1, 1, 1)),
+          ('sgd', 1.0, (8, 32, 4, 4)), ('sgd', 0.5, (1, 4, 4, 4)), ('muon', 0.5, (5 / 8**0.5, 8**-0.5, 1, 1)),
+          ('lion', 0.5, (0.25 / 8**0.5, 8**-0.5, 1, 1))]
+
+
+@pytest.mark.parametrize('name, alpha, lr', GOLDEN)
+def test_golden_learning_rates(name, alpha, lr):
+    groups = groups_of(replace(BIG, alpha=alpha), name, muon_mult=5.0)
+    hidden, vectors, ends, unembedding = (0.01 * factor for factor in lr)
+    expected = {role: hidden for role in HIDDEN} | {role: vectors for role in VECTORS} | dict(
+        embedding=ends, final_norm=ends, unembedding=unembedding)
+    assert {role: group['lr'] for role, group in groups.items()} == pytest.approx(expected)
+    for role, group in groups.items():  # a step's decay moves with nothing but alpha, and is AdamW's
+        decay = {'embedding': 1, 'unembedding': 1, 'hidden_weight': 8 ** (alpha - 1), 'residual_proj': 8 ** (alpha - 1)}
+        mult = 5 if name == 'muon' and role in HIDDEN else 1
+        assert group['lr'] * group['weight_decay'] == pytest.approx(mult * 0.001 * decay.get(role, 0)), role
+        assert group['lr_scale'] == pytest.approx(group['lr'] / 0.01)
+
+
+def test_sgd_over_density_and_form():
+    assert groups_of(replace(TINY, density=0.25, parameterization='supar'), 'sgd')['hidden_weight']['lr'] == 0.04
+    assert groups_of(replace(BIG, unembed_form='weights'), 'sgd')['unembedding']['lr'] == 0.01 / 4  # TP V, Table 3
+
+
+def test_eps_of_muon_is_for_the_whole_matrix():
+    groups = groups_of(BIG, 'muon')
+    assert groups['hidden_weight']['eps'] == pytest.approx(1e-8 / 8)  # arXiv:2512.05620: 1/L, whatever the width
+    assert groups['embedding']['eps'] == pytest.approx(1e-8 / 4)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_every_parameterization_is_one_at_the_base(name):
+    if name == 'lion':
+        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+
+    def losses(parameterization):
+        model = make(parameterization=parameterization)
+        return train_steps(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', name), 5)
+    assert losses('sp') == losses('completep_supar') == losses('mup')
+    assert losses('sp') != losses('gpt2')
+
+
+def test_a_role_without_a_rule_is_an_error(monkeypatch):
+    rules = TINY.rules | dict(block_norm=Rule())
+    monkeypatch.setattr(GPTConfig, 'rules', rules)
+    for name in OPTIMIZERS:
+        with pytest.raises(ValueError, match=f"role 'block_norm' has no rule for optimizer='{name}'"):
+            make().configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', name)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="optimizer='muon' has no rule for density=0.5"):
+        make(density=0.5).configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', 'muon')
+
+
+@pytest.mark.parametrize('shape', [(32, 32), (64, 16), (16, 64)])
+def test_orthogonalized_matrices(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalized(x, 1e-7).float())
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert torch.equal(orthogonalized(1024 * x, 1e-7), orthogonalized(x, 1e-7))
+    assert not orthogonalized(0 * x, 1e-7).any()
+
+
+@pytest.mark.parametrize('shape', [(32, 32), (64, 16)])  # where its factor is sqrt(d_out / d_in), too
+def test_steps_are_those_of_torchs_muon(shape):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    values = dict(lr=0.1, weight_decay=0.1, eps=1e-7)
+    optimizers = [Muon([dict(params=[ours], rows=[[shape[0]]], **values)], betas=(0.95, 0.95)),
+                  torch.optim.Muon([theirs], momentum=0.95, adjust_lr_fn='original', **values)]
+    for _ in range(4):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # bf16 products, in another order
+    assert (ours - 1).abs().max() > 0.05
+
+
+def test_stacked_matrices_are_orthogonalized_one_by_one():
+    """Query, key and value, with fewer heads of the latter; the two halves of SwiGLU; a projection downwards."""
+    model = make(n_kv_head=1, activation='swiglu', bias=False, norm_gain=False)
+    optimizer = model.configure_optimizers(0.0, 0.01, (0.0, 0.95), 1e-8, 'cpu', 'muon')
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_steps(model, optimizer, 1)
+    for name, rows in (('attn.c_attn', [32, 16, 16]), ('mlp.c_fc', [88, 88]), ('mlp.c_proj', [32]),
+                       ('attn.c_proj', [32])):
+        name = f'transformer.h.0.{name}.weight'
+        for moved in (model.get_parameter(name).detach() - before[name]).split(rows):
+            values = torch.linalg.svdvals(moved) / 0.01 / math.sqrt(moved.size(0) / moved.size(1))
+            assert 0.6 < values[:8].min() and values.max() < 1.3, name  # of the batch's rank at least
+    moved = (model.lm_head.weight.detach() - before['lm_head.weight']).abs()
+    assert moved.max() == pytest.approx(0.01, rel=1e-3)  # AdamW's
+
+
+# -----------------------------------------------------------------------------
+# Batch and duration
+
+BASE = TrainConfig(batch_tokens=16384, max_iters=1000, base_batch_tokens=16384, base_train_tokens=16384 * 1000,
+                   learning_rate=0.004, weight_decay=0.1, eps=1e-8)
+
+# Typed by hand from Table 1 of arXiv:2512.22382, for (m_B, m_D): learning rate, decay, eps, beta1, beta2, steps
+LENGTHS = [((1, 1), (1, 1, 1, 0.9, 0.95, 1000)), ((4, 1), (2, 2, 0.5, 0.6, 0.8, 250)),
+           ((0.25, 1), (0.5, 0.5, 2, 0.975, 0.9875, 4000)), ((1, 4), (0.5, 0.5, 2, 0.975, 0.9875, 4000)),
+           ((1, 16), (0.25, 0.25, 4, 0.99375, 0.996875, 16000)), ((4, 4), (1, 1, 1, 0.9, 0.95, 1000)),
+           ((8, 1), (8**0.5, 8**0.5, 8**-0.5, 0.2, 0.6, 125))]
+
+
+@pytest.mark.parametrize('ratios, expected', LENGTHS)
+def test_golden_batch_and_duration(ratios, expected):
+    (m_B, m_D), (lr, decay, eps, beta1, beta2, steps) = ratios, expected
+    config = replace(BASE, batch_tokens=int(m_B * 16384), train_tokens=m_D * 16384 * 1000)
+    assert num_steps(config, 10**6) == steps
+    c = at_length(config, steps)
+    assert (c.learning_rate, c.weight_decay, c.eps, c.beta1, c.beta2) == pytest.approx(
+        (0.004 * lr, 0.1 * decay, 1e-8 * eps, beta1, beta2), rel=1e-12)
+    assert c.learning_rate * c.weight_decay * steps == pytest.approx(0.004 * 0.1 * 1000)
+    off = replace(config, base_batch_tokens=0, base_train_tokens=0)
+    assert at_length(off, steps) == off
+    if ratios == (1, 1):
+        assert at_length(config, steps) == config  # bit for bit
+
+
+def test_decay_by_time_scale_and_independent_decay():
+    config = replace(BASE, weight_decay=0.0, tau_ema=0.1407, learning_rate=2**-8, max_iters=1144,
+                     base_train_tokens=16384 * 1144)
+    assert at_length(config, 1144).weight_decay == pytest.approx(1.59045, rel=1e-5)
+    longer = at_length(config, 4 * 1144)  # tau is a fraction of the run
+    assert longer.weight_decay * longer.learning_rate * 4 * 1144 == pytest.approx(1 / 0.1407)
+    config = replace(BASE, weight_decay=1e-4, weight_decay_mode='independent')
+    for lr in (0.001, 0.1):
+        c = at_length(replace(config, learning_rate=lr), 1000)
+        assert c.learning_rate * c.weight_decay == pytest.approx(1e-4)
+        for name in OPTIMIZERS:
+            group = groups_of(TINY, name, learning_rate=c.learning_rate, weight_decay=c.weight_decay)['embedding']
+            assert group['lr'] * group['weight_decay'] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(batch_tokens=10 * 16384), 'beta1=0.9 has no counterpart there; their ratio must stay below 10'),
+    (dict(batch_tokens=24 * 16384, beta1=0.99), 'beta2=0.95 has no counterpart there; their ratio must stay below 20'),
+])
+def test_a_batch_without_betas_is_an_error(changes, message):
+    config = replace(BASE, train_tokens=16384 * 1000, **changes)
+    with pytest.raises(UserError) as error:
+        at_length(config, num_steps(config, 1))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(train_tokens=1000, tokens_per_param=1.0), 'train_tokens=1000 and tokens_per_param=1.0 both set the duration'),
+    (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'), 'need learning_rate > 0'),
+    (dict(optimizer='muon', parallel='fsdp'), "optimizer='muon' needs whole matrices, parallel='fsdp' shards them"),
+])
+def test_what_does_not_go_together(changes, message):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**changes)
+    assert message in str(error.value)
+
+
+def test_a_run_says_what_it_derived(tiny, capsys):
+    train(replace(tiny, max_iters=2, base_batch_tokens=tiny.batch_tokens // 4))
+    assert 'batch and duration against the base: learning_rate' in capsys.readouterr().out
+    train(replace(tiny, max_iters=2, out_dir=''))
+    assert 'against the base: learning_rate' not in capsys.readouterr().out
