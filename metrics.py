@@ -34,8 +34,10 @@ def describe(model, optimizer):
             g = groups[role]
             values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(model.config.init_std * rule.init_std),
                       NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(g['lr'] * g['weight_decay']), NUMBER(g['eps'])]
-        elif role in ROLES:  # no biases, or the tied unembedding
+        elif role == 'unembedding':  # tied: its tensor is the embedding's
             values[0] = '0'
+        elif role in ROLES:  # no biases, no gains, no QK norm
+            continue
         lines.append(row(role, *values, NUMBER(forward.get(role, rule.forward))))
     return '\n'.join(lines)
 

@@ -279,7 +279,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim, self.dropout, self.pos = config.head_dim, config.dropout, config.pos
         self.c_attn = hidden_linear(config.n_embd, sum(self.heads) * config.head_dim, config)  # all three in one
         self.q_norm, self.k_norm = (  # no biases: softmax does not see what all keys share
-            NORMS[config.norm](config.head_dim, config.norm_gain, bias=False) if config.qk_norm else nn.Identity()
+            NORMS[config.norm](config.head_dim, config.norm_gain, bias=False) if config.qk_norm else None
             for _ in range(2))
         self.c_proj = hidden_linear(config.n_embd, config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -290,7 +290,9 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, all heads, T, D)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm:
+            wide = torch.promote_types(q.dtype, torch.float32)  # the stream, which other norms see, is no bf16
+            q, k = self.q_norm(q.to(wide)).to(q.dtype), self.k_norm(k.to(wide)).to(q.dtype)
         if self.pos == 'rope':
             start = cache.length if cache else 0
             q, k = rotate(q, start), rotate(k, start)

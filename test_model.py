@@ -241,7 +241,11 @@ def test_describe_shows_what_the_optimizer_has():
     lines = metrics.describe(model, make_optimizer(model)).splitlines()
     row = next(line for line in lines if line.startswith('hidden_weight')).split()
     assert row == ['hidden_weight', f'{8 * 7 * 128 * 128:,}', '0.01', '0.0025', '0.4', '0.001', '6.25e-10', '1']
-    assert len(lines) == 1 + len(model.config.rules)
+    assert [line.split()[0] for line in lines[1:]] == [role for role in model.config.rules if role != 'qk_norm']
+    bare = make(qk_norm=True, norm_gain=False, bias=False, tie_weights=True)
+    shown = [line.split()[0] for line in metrics.describe(bare, make_optimizer(bare)).splitlines()[1:]]
+    assert shown == ['embedding', 'hidden_weight', 'residual_proj', 'unembedding', 'residual_branch',
+                     'attention_logits']
     assert next(line for line in lines if line.startswith('residual_branch')).split()[-1] == '0.25'
 
 
