@@ -39,10 +39,10 @@ from tqdm import tqdm
 
 from configurator import UserError, check, configure, exit_on_user_error, first_line, require_at_least
 from hardware import pick_device
-from model import GPT, PARAMETERIZATIONS, GPTConfig
+from model import CHOICES, GPT, OPTIMIZERS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
 from sweep_report import Report, read_csv, write_csv
-from train import MODEL_KEYS, TrainConfig, num_steps, open_dataset, split_batch, train
+from train import MODEL_KEYS, SCHEDULES, TrainConfig, num_steps, open_dataset, split_batch, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
     'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
@@ -58,6 +58,7 @@ TUNED = dict(  # what --tune searches, where the config gives no list: each log-
 class SweepConfig:
     out_dir: str = 'out/sweep'             # folder for study.db, trials.csv, report.md and the plots
     shapes: list = field(default_factory=list)  # models to compare, as dicts: [dict(n_layer=2, n_embd=256), ..]
+    variants: list = field(default_factory=list)  # changes, each a row of the tables: [dict(), dict(norm='rmsnorm')]
     search: str = 'grid'                   # grid: all combinations; random: `trials` points, log-uniform between an
     #                                        axis's least and greatest value, each on every model; or a sampler of
     #                                        Optuna for a single model: tpe, gp, qmc, cmaes
@@ -157,12 +158,16 @@ class Plan:
         repeated = [key for key, held in values.items() if len(set(held)) < len(held)]
         if repeated:
             raise UserError(f'{repeated[0]}={values[repeated[0]]} holds a value twice: leave one out')
-        shapes = self.checked(config.shapes, overrides)
-        in_shapes = list(shapes[0])
-        grid = crossed({key: values[key] for key in MODEL_AXES if key not in in_shapes})
-        self.models = [{**model, **shape} for model in grid for shape in shapes]
+        shapes = self.checked('shapes', config.shapes, overrides)
+        usual = {**asdict(TrainConfig()), **overrides}
+        changed = {key: usual.get(key) for variant in config.variants for key in variant}
+        variants = self.checked('variants', [{**changed, **variant} for variant in config.variants], overrides)
+        inside = {*shapes[0], *variants[0]}
+        grid = crossed({key: values[key] for key in MODEL_AXES if key not in inside})
+        self.row_keys = list(dict.fromkeys(('parameterization', *variants[0])))
+        self.models = [{**model, **variant, **shape} for model in grid for variant in variants for shape in shapes]
         self.axes = {key: held for key, held in values.items() if (len(held) > 1 or key == 'learning_rate')
-                     and key not in ('seed', *MODEL_AXES, *in_shapes)}
+                     and key not in ('seed', *MODEL_AXES, *inside)}
         self.sampled = config.search in SAMPLERS
         if self.sampled and len(self.models) * len(values['seed']) > 1:
             raise UserError(f"search='{config.search}' tunes one model, this is {len(self.models)} with "
@@ -185,16 +190,16 @@ class Plan:
         self.digests = {}  # by number of the trial
 
     @staticmethod
-    def checked(shapes, overrides):
+    def checked(name, shapes, overrides):
         """`shapes` with values of the right types, or a single empty one. Raises UserError."""
         if not all(isinstance(shape, dict) and shape and shape.keys() == shapes[0].keys() for shape in shapes):
-            raise UserError(f'shapes={shapes} is not allowed: use a list of dicts of the same keys, '
+            raise UserError(f'{name}={shapes} is not allowed: use a list of dicts of the same keys, '
                             '[dict(n_layer=2), dict(n_layer=4)]')
-        shapes = [{key: check(key, value, TYPES, 'shapes') for key, value in shape.items()} for shape in shapes] or [{}]
+        shapes = [{key: check(key, value, TYPES, name) for key, value in shape.items()} for shape in shapes] or [{}]
         clash = [key for key in shapes[0] if key in ('seed', 'learning_rate', *NOT_SWEPT)
                  or isinstance(overrides.get(key), list)]
         if clash:
-            raise UserError(f'{clash[0]} cannot be in shapes'
+            raise UserError(f'{clash[0]} cannot be in {name}'
                             f"{': it has a list of its own' if clash[0] in overrides else ''}")
         return shapes
 
@@ -280,9 +285,10 @@ def trials_of(study, *states):
 
 def distribution(key, values, log=False):
     """Optuna's description of a key; the text ones cannot grow later, so they start with all that is allowed."""
-    texts = {'parameterization': tuple(PARAMETERIZATIONS), 'schedule': ('linear', 'cosine', 'constant')}
+    texts = dict(CHOICES, optimizer=OPTIMIZERS, schedule=SCHEDULES)
     if isinstance(values[0], (str, bool)):
-        return optuna.distributions.CategoricalDistribution(texts.get(key) or tuple(sorted(set(values))))
+        allowed = (False, True) if isinstance(values[0], bool) else texts.get(key) or sorted(set(values))
+        return optuna.distributions.CategoricalDistribution(tuple(allowed))
     if isinstance(values[0], float):
         return optuna.distributions.FloatDistribution(min(values), max(values), log=log and min(values) > 0)
     step = math.gcd(*values) or 1
@@ -603,7 +609,7 @@ def main():
         raise UserError(f'no run has finished: {reason}')
     write_csv(out_dir / 'trials.csv', rows + others)
     shared = {key: value for key, value in plan.facts['base'].items() if value != getattr(TrainConfig, key)}
-    report = Report(out_dir.name, rows, plan.models, plan.axes, shared, fit=config.search == 'grid')
+    report = Report(out_dir.name, rows, plan.models, plan.axes, shared, config.search == 'grid', plan.row_keys)
     print(report.write(out_dir))
     if config.tune:
         best = out_dir / 'best.py'

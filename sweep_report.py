@@ -168,30 +168,44 @@ first than at its own best."""
 
 
 class Report:
-    """The tables of a sweep. `models` from base to target; `axes` are what is tuned; `fit`: a grid, not a search."""
+    """The tables of a sweep. `models` from base to target; `axes` are what is tuned; `fit`: a grid, not a search.
 
-    def __init__(self, name, rows, models, axes, base, fit=True):
+    A row of the tables, a panel of the plots, is what the models have under `row_keys`: their rules, and variants.
+    """
+
+    def __init__(self, name, rows, models, axes, base, fit=True, row_keys=('parameterization',)):
         self.name, self.rows, self.models, self.axes, self.base, self.fit = name, rows, models, list(axes), base, fit
+        self.row_keys = row_keys
         groups = {}  # parameterizations that came to the same runs throughout are shown as one
-        for rules in dict.fromkeys(model['parameterization'] for model in models):
-            runs = tuple(row['trial'] for row in rows if row['parameterization'] == rules)
+        for rules in dict.fromkeys(map(self.rules_of, models)):
+            runs = tuple(row['trial'] for row in rows if self.rules_of(row) == rules)
             groups.setdefault(runs or rules, []).append(rules)
-        self.rules = {' = '.join(group): group[0] for group in groups.values()}
-        self.shape_keys = [key for key in models[0] if key != 'parameterization' and
+        self.rules = {' = '.join(map(self.label, group)): group[0] for group in groups.values()}
+        self.shape_keys = [key for key in models[0] if key not in row_keys and
                            len({model[key] for model in models}) > 1]
         self.seeds = sorted({row['seed'] for row in rows})
         self.varied = [axis for axis in self.axes if len({row[axis] for row in rows}) > 1]
+
+    def rules_of(self, model):
+        return tuple(model[key] for key in self.row_keys)
+
+    def label(self, rules):
+        """The parameterization, and what is not as in the first row."""
+        first = self.rules_of(self.models[0])
+        changes = [f'{key} {number(value)}' for key, value, usual in zip(self.row_keys[1:], rules[1:], first[1:])
+                   if value != usual]
+        return ', '.join([rules[0], *changes])
 
     def shape(self, model):
         return ', '.join(f'{key} {number(model[key])}' for key in self.shape_keys) or 'one shape'
 
     def curves(self, rules, axis):
-        """{shape: curve} of one parameterization, in the order of the models, of what has been run."""
+        """{shape: curve} of one row, in the order of the models, of what has been run."""
         others = [key for key in self.axes if key != axis]
         curves = {}
         for model in self.models:
             rows = [row for row in self.rows if all(row[key] == value for key, value in model.items())]
-            if model['parameterization'] == rules and rows:
+            if self.rules_of(model) == rules and rows:
                 curves[self.shape(model)] = curve_of(rows, axis, others)
         return curves
 
@@ -267,9 +281,13 @@ class Report:
         # the minima are what matters: a few runs that barely learned would flatten them
         low, high = min(finite), np.quantile(finite, 0.9)
         bottom, top = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(max(5.2, 3.7 * len(panels)), 4.2), sharey=True,
-                                       squeeze=False, layout='constrained')
-        for panel, (title, of) in zip(axes[0], panels.items()):
+        across = min(len(panels), 5)
+        down = -(-len(panels) // across)
+        figure, axes = pyplot.subplots(down, across, figsize=(max(5.2, 3.7 * across), 4.2 if down == 1 else 3.6 * down),
+                                       sharey=True, squeeze=False, layout='constrained')
+        for panel in axes.flat[len(panels):]:
+            panel.set_visible(False)
+        for panel, (title, of) in zip(axes.flat, panels.items()):
             colors = pyplot.get_cmap('viridis')(np.linspace(0, 0.88, max(1, len(of))))
             for color, (shape, curve) in zip(colors, of.items()):
                 xs = [scale(value, values) for value in curve]
@@ -299,8 +317,9 @@ class Report:
             panel.set_ylim(bottom, top)
             panel.grid(alpha=0.3)
             panel.spines[['top', 'right']].set_visible(False)
-        axes[0][0].set_ylabel('validation loss (nats per token)')
-        axes[0][-1].legend(frameon=False, fontsize=8)
+        for row in axes:
+            row[0].set_ylabel('validation loss (nats per token)')
+        axes.flat[len(panels) - 1].legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=140)
         pyplot.close(figure)
         return path

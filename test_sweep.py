@@ -536,6 +536,21 @@ def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
                                                                 'shapes.png']
 
 
+def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
+    variants = [dict(), dict(norm='rmsnorm', n_kv_head=1), dict(parameterization='sp'), dict(optimizer='muon')]
+    (tmp_path / 'variants.py').write_text(f'variants = {variants}')
+    code, out = sweep_main(str(tmp_path / 'variants.py'), parameterization='completep')
+    assert code == 0
+    rows = [line.split(' | ')[0] for line in out.splitlines() if line.startswith('| ')]
+    assert rows == ['| rules', '| completep', '| completep, norm rmsnorm, n_kv_head 1', '| sp',
+                    '| completep, optimizer muon']
+    plan = Plan(SweepConfig(out_dir=str(tmp_path), variants=variants), {**tiny, 'n_embd': [16, 32]})
+    assert [(one.n_embd, one.parameterization, one.norm, one.n_kv_head, one.optimizer) for one in plan.configs] == [
+        (n_embd, *variant) for n_embd in (16, 32) for variant in (
+            ('completep', 'layernorm', 0, 'adamw'), ('completep', 'rmsnorm', 1, 'adamw'),
+            ('sp', 'layernorm', 0, 'adamw'), ('completep', 'layernorm', 0, 'muon'))]
+
+
 def test_report_without_an_axis_compares_shapes_only(tmp_path):
     models = [dict(n_layer=n, n_embd=32, density=1.0, parameterization='sp') for n in (2, 4)]
     rows = [dict(model, learning_rate=0.01, seed=1, trial=i, tokens=(512, 1024)[i], seconds=1.0, val_loss=3.0 - i)

@@ -31,6 +31,8 @@ from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype, why
 from model import GPT, OPTIMIZERS, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
+SCHEDULES = ('linear', 'cosine', 'constant')
+
 
 @dataclass
 class TrainConfig:
@@ -133,7 +135,7 @@ class TrainConfig:
                             f"{', '.join(GPT2_NAMES)}")
         if self.parallel not in parallel.KINDS:
             raise UserError(f"parallel='{self.parallel}' is not known: use {', '.join(parallel.KINDS)}")
-        for key, choices in (('schedule', ('linear', 'cosine', 'constant')), ('optimizer', OPTIMIZERS),
+        for key, choices in (('schedule', SCHEDULES), ('optimizer', OPTIMIZERS),
                              ('weight_decay_mode', ('coupled', 'independent'))):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}='{getattr(self, key)}' is not known: use {', '.join(choices)}")

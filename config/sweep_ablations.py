@@ -1,0 +1,19 @@
+# Which changes keep the best learning rate where it is over width (arXiv:2404.05728): python sweep.py
+# config/sweep_ablations.py, data as in sweep_base.py
+# Hardware: any CPU. Time: not measured yet.
+from sweep_base import *
+
+out_dir = 'out/sweep_ablations'
+parameterization = 'mup'
+n_embd = [32, 128]
+learning_rate = [2.0**k for k in range(-8, -3)]
+seed = 1
+variants = [
+    dict(), dict(norm='rmsnorm'), dict(norm_gain=False), dict(qk_norm=True), dict(bias=False),
+    dict(activation='relu'), dict(activation='relu2'), dict(activation='swiglu'),
+    dict(pos='rope'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=1), dict(tie_weights=True),
+    dict(attn_scale='1/d'), dict(attn_scale='1/N'), dict(zero_init_query=True), dict(zero_init_unembed=True),
+    dict(parameterization='sp'), dict(schedule='cosine'),
+    dict(weight_decay=0.3), dict(weight_decay=0.003, weight_decay_mode='independent'),
+    dict(optimizer='lion', beta2=0.98), dict(optimizer='muon'),
+]
