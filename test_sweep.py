@@ -539,7 +539,7 @@ def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
 def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
     variants = [dict(), dict(norm='rmsnorm', n_kv_head=1), dict(parameterization='sp'), dict(optimizer='muon')]
     (tmp_path / 'variants.py').write_text(f'variants = {variants}')
-    code, out = sweep_main(str(tmp_path / 'variants.py'), parameterization='completep')
+    code, out = sweep_main(str(tmp_path / 'variants.py'), n_embd=64, base_n_embd=32)
     assert code == 0
     rows = [line.split(' | ')[0] for line in out.splitlines() if line.startswith('| ')]
     assert rows == ['| rules', '| completep', '| completep, norm rmsnorm, n_kv_head 1', '| sp',
