@@ -1,6 +1,6 @@
 # How many steps completep needs for the loss that mup has after all of them, wide to deep (arXiv:2505.01618, Fig. 1):
 # python sweep.py config/sweep_n_over_l_steps.py, read beside results/sweep_n_over_l
-# Hardware: any CPU. Time: not measured yet.
+# Hardware: any CPU. Time: 10 minutes on 2 cores.
 from sweep_n_over_l import *
 
 out_dir = 'out/sweep_n_over_l_steps'
