@@ -82,7 +82,7 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init, unembed_form='multiplier
     muon = depth, 1.0, branch     # a step's size does not depend on fan_in; eps stands beside the whole gradient's norm
     logits, unembed = (1 / m_N, 1.0) if unembed_form == 'multiplier' else (1.0, 1 / m_N)
     return {
-        # role                    init_std         lr              weight_decay  eps           forward
+        # role                    init_std         lr              weight_decay  eps           forward  muon
         'embedding':         Rule(1.0,             1.0,            1.0,          1 / m_N,      1.0),
         'block_norm':        Rule(0.0,             depth,          0.0,          branch / m_N, 1.0),
         'qk_norm':           Rule(0.0,             depth,          0.0,          branch,       1.0),  # of all heads

@@ -36,6 +36,8 @@ def why_not_stack(config):
     dtype = pick_dtype(config.dtype, device)
     if config.qk_norm:
         return 'a norm after the query takes the multiplier of the logits out again'
+    if config.optimizer == 'muon':
+        return 'Muon rounds to bfloat16, which makes other losses of sums in another order'
     if config.dropout:
         return 'dropout draws from one generator for all'
     if dtype == torch.float16:

@@ -73,7 +73,9 @@ def rows_in(out_dir):
 
 
 @pytest.mark.parametrize('changes', [dict(), dict(tie_weights=True), dict(bias=False),
-                                     dict(density=0.5, parameterization='completep_supar')])
+                                     dict(density=0.5, parameterization='completep_supar'),
+                                     dict(n_kv_head=1, pos='rope', norm='rmsnorm', activation='swiglu'),
+                                     dict(pos='alibi', optimizer='sgd', weight_decay_mode='independent')])
 def test_stacked_runs_are_single_runs(tiny, changes):
     """50 steps in one batched model end at the losses of 50 steps each alone; one that diverges leaves others be."""
     one = TrainConfig(**{**tiny, 'out_dir': '', 'max_iters': 50, 'n_layer': 3, 'base_n_embd': 16, 'batch_size': 4,
@@ -98,7 +100,8 @@ def test_stacked_runs_are_single_runs(tiny, changes):
 
 
 @pytest.mark.parametrize('changes, reason', [
-    (dict(), None), (dict(dropout=0.1), 'dropout'), (dict(dtype='bfloat16'), 'bfloat16 on a CPU')])
+    (dict(), None), (dict(dropout=0.1), 'dropout'), (dict(dtype='bfloat16'), 'bfloat16 on a CPU'),
+    (dict(qk_norm=True), 'a norm after the query'), (dict(optimizer='muon'), 'Muon')])
 def test_what_cannot_be_stacked_says_why(tiny, changes, reason):
     why = why_not_stack(TrainConfig(**{**tiny, **changes}))
     assert why is None if reason is None else reason in why
