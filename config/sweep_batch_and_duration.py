@@ -1,0 +1,15 @@
+# Learning rate against batch and duration, each 4 times the base's, with the rules of arXiv:2512.22382, Table 1, and
+# without: python sweep.py config/sweep_batch_and_duration.py
+# Hardware: any CPU. Time: not measured yet.
+from sweep_base import *
+
+out_dir = 'out/sweep_batch_and_duration'
+parameterization = 'completep'
+base_batch_tokens = batch_tokens
+base_train_tokens = 250 * batch_tokens
+variants = [dict(), dict(base_batch_tokens=0, base_train_tokens=0)]
+shapes = [dict(batch_tokens=base_batch_tokens, train_tokens=base_train_tokens),
+          dict(batch_tokens=4 * base_batch_tokens, train_tokens=base_train_tokens),
+          dict(batch_tokens=base_batch_tokens, train_tokens=4 * base_train_tokens)]
+learning_rate = [2.0**k for k in range(-9, -3)]
+seed = 1
