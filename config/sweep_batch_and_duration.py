@@ -5,8 +5,8 @@ from sweep_base import *
 
 out_dir = 'out/sweep_batch_and_duration'
 parameterization = 'completep'
-base_batch_tokens = batch_tokens
-base_train_tokens = 250 * batch_tokens
+base_batch_tokens = 64 * 64
+base_train_tokens = 250 * base_batch_tokens
 variants = [dict(), dict(base_batch_tokens=0, base_train_tokens=0)]
 shapes = [dict(batch_tokens=base_batch_tokens, train_tokens=base_train_tokens),
           dict(batch_tokens=4 * base_batch_tokens, train_tokens=base_train_tokens),
