@@ -105,10 +105,10 @@ def our_model(c, data, device):
 def steps_of_ours(c, data, device, dtype, plain):
     """Yields the number of parameters, then the seconds that each part of a step took, train.py's own."""
     import parallel
-    from train import update
+    from train import optimizer_of, update
     keep_freed_memory()
     model = our_model(c, data, device)
-    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device.type)
+    optimizer = optimizer_of(model, c, device.type)
     if plain:  # one group with weight decay and one without
         without_rules(model)
         groups = [dict(params=[p for p in model.parameters() if (p.dim() > 1) == decays], weight_decay=decay)

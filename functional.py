@@ -61,7 +61,7 @@ def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
     """
     (H, T), (kv_heads, keys) = q.shape[1:3], k.shape[1:3]
     assert T in (1, keys), f'{T} queries for {keys} keys: one, or as many'
-    if alibi and T > 1 and not dropout and q.is_cuda and torch.compiler.is_compiling():
+    if alibi and T > 1 and not dropout and q.is_cuda and q.size(-1) >= 16 and torch.compiler.is_compiling():
         return flex_alibi(q, k, v, scale)
     if alibi:
         mask = alibi_mask(H, T, keys, q.device).to(q.dtype)

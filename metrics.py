@@ -33,7 +33,8 @@ def describe(model, optimizer):
         if role in groups:
             g = groups[role]
             values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(model.config.init_std * rule.init_std),
-                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(g['lr'] * g['weight_decay']), NUMBER(g['eps'])]
+                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(g['lr'] * g['weight_decay']),
+                      NUMBER(g['eps']) if 'eps' in g else '-']
         elif role == 'unembedding':  # tied: its tensor is the embedding's
             values[0] = '0'
         elif role in ROLES:  # no biases, no gains, no QK norm

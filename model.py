@@ -119,10 +119,10 @@ def role_of(name):
 
 OPTIMIZERS = {  # what each makes of a rule: the factors on learning rate, weight decay and eps
     'adamw': lambda rule: (rule.lr, rule.weight_decay, rule.eps),
-    'lion':  lambda rule: (rule.lr, rule.weight_decay, rule.eps),  # it moves a weight by its lr, as AdamW does
+    'lion':  lambda rule: (rule.lr, rule.weight_decay, None),  # it moves a weight by its lr, as AdamW does
     'muon':  lambda rule: rule.muon or (rule.lr, rule.weight_decay, rule.eps),  # AdamW where it is no hidden matrix
     # it moves a weight by lr * gradient, and gradients fall as AdamW's eps does; lr * weight decay is AdamW's
-    'sgd':   lambda rule: (rule.lr / rule.eps, rule.weight_decay * rule.eps, rule.eps),
+    'sgd':   lambda rule: (rule.lr / rule.eps, rule.weight_decay * rule.eps, None),
 }
 
 
@@ -444,10 +444,11 @@ class GPT(nn.Module):
                 raise ValueError(f"role '{role}' has no rule for optimizer='{optimizer}': give it one in scaling_rules")
             lr, decay, eps_factor = OPTIMIZERS[optimizer](rules[role])
             by_muon = optimizer == 'muon' and rules[role].muon
-            lr *= muon_mult if by_muon else 1
+            if by_muon:  # lr * weight_decay stays
+                lr, decay = lr * muon_mult, decay / muon_mult
             group = groups.setdefault(role, dict(
                 params=[], role=role, lr_scale=lr, lr=learning_rate * lr, weight_decay=weight_decay * decay,
-                eps=eps * eps_factor, **(dict(rows=[]) if by_muon else {})))
+                **(dict(eps=eps * eps_factor) if eps_factor else {}), **(dict(rows=[]) if by_muon else {})))
             group['params'].append(p)
             if by_muon:
                 group['rows'].append(self.matrices(name, p))

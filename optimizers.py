@@ -31,6 +31,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        assert closure is None, 'gradients must be there already'
         groups = self.param_groups
         for group in groups:
             for p, rows in zip(group['params'], group.get('rows', ())):
@@ -45,9 +46,8 @@ class Muon(torch.optim.AdamW):
                 for w, u in zip(p.split(rows), update.split(rows)):
                     w.add_(orthogonalized(u, group['eps']), alpha=-group['lr'] * math.sqrt(w.size(0) / w.size(1)))
         self.param_groups = [group for group in groups if 'rows' not in group]
-        loss = super().step(closure)
+        super().step()
         self.param_groups = groups
-        return loss
 
 
 def lion(groups, learning_rate, betas):
@@ -55,7 +55,7 @@ def lion(groups, learning_rate, betas):
         from lion_pytorch import Lion
     except ImportError:
         raise UserError("optimizer='lion' needs a package: pip install lion-pytorch") from None
-    return Lion(groups, learning_rate, betas)
+    return Lion(groups, learning_rate or 1.0, betas)  # it takes no 0; the groups have theirs
 
 
 def make_optimizer(name, groups, learning_rate, betas, eps, fused):
@@ -64,4 +64,4 @@ def make_optimizer(name, groups, learning_rate, betas, eps, fused):
         adamw=lambda: torch.optim.AdamW(groups, learning_rate, betas, eps, fused=fused),
         lion=lambda: lion(groups, learning_rate, betas),
         muon=lambda: Muon(groups, learning_rate, betas, eps),
-        sgd=lambda: torch.optim.SGD(groups, learning_rate, momentum=betas[0], fused=fused))[name]()
+        sgd=lambda: torch.optim.SGD(groups, learning_rate, momentum=betas[0]))[name]()

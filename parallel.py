@@ -133,6 +133,8 @@ def shard(model, kind, device, dtype):
     # norms and embeddings stay in float32, and so does the stream between the blocks, as under autocast
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
+        if block.attn.q_norm:
+            fully_shard([block.attn.q_norm, block.attn.k_norm], mesh=mesh)
         fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh)
 

@@ -31,12 +31,14 @@ def activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16=False):
     """What the backward of `tokens` tokens needs to keep.
 
     A block keeps, in float32, the input of each norm, and as inputs of products (product_bytes each): the outputs of
-    the norms, queries, keys, values, attention's output, and the MLP's hidden layer before and after GELU. At the end
-    there are the last norm's input and output, the logits, and their logarithms in float32 twice, once for their
-    gradient. In bf16 on a CPU (cpu_bf16) functional.py keeps other things.
+    the norms, queries, keys, values, attention's output, and the MLP's hidden layer before and after its activation.
+    At the end there are the last norm's input and output, the logits, and their logarithms in float32 twice, once for
+    their gradient. In bf16 on a CPU (cpu_bf16) functional.py keeps other things.
     """
     c, p = model.config, product_bytes
-    block = c.n_embd * (2 * 4 + 2 * p + 3 * p + p + 8 * p)
+    attn, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
+    block = c.n_embd * (2 * 4 + 2 * p + p) + p * (
+        attn.c_attn.out_features + mlp.c_fc.out_features + mlp.c_proj.in_features)
     if cpu_bf16:  # attention's weights: for each head half of T^2, in steps of so many queries
         block += c.n_head * p * min(c.block_size, (c.block_size + QUERIES) // 2)
     blocks = c.n_layer * (4 * c.n_embd) + block if recompute else c.n_layer * block
@@ -58,7 +60,9 @@ def memory(model, config, bench, product_bytes, cpu_bf16=False):
     over = {'ddp': 1, 'fsdp': n, 'hsdp': min(n, bench.gpus_per_host)}[config.parallel]
     _, local, micro_batches = split_batch(config, n)
     tokens = local // micro_batches * config.block_size
-    rows = {'weights': (4 * P + masks) / over, 'gradients': 4 * P / over, 'AdamW moments': 8 * P / over}
+    # two moments of AdamW, one of the others; Muon leaves what is outside of the blocks to AdamW
+    state = dict(adamw=8 * P, lion=4 * P, sgd=4 * P, muon=8 * P - 4 * P_block)[config.optimizer]
+    rows = {'weights': (4 * P + masks) / over, 'gradients': 4 * P / over, 'optimizer state': state / over}
     if config.parallel == 'ddp':
         looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
         cast = product_bytes * (P - looked_up)
@@ -142,8 +146,9 @@ def run_and_measure(config, steps, queue):
     need."""
     device = pick_device(config.device)
     torch.set_num_threads(1)
-    config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, eval_interval=0,
-                     compile=False, eval_tokens=config.block_size)
+    config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, train_tokens=0,
+                     base_batch_tokens=0, base_train_tokens=0, eval_interval=0, compile=False,
+                     eval_tokens=config.block_size)
     train(replace(config, n_layer=1, n_embd=config.head_dim, batch_tokens=config.block_size, max_iters=1))
     tiny = peak_memory(device)
     train(config)

@@ -17,7 +17,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from dataset import Dataset
 from hardware import pick_device, pick_dtype
 from model import GPT, GPTConfig
-from train import MODEL_KEYS, at_length, build_model, lr_fraction, make_optimizer, num_steps, split_batch
+from train import MODEL_KEYS, at_length, build_model, lr_fraction, num_steps, optimizer_of, split_batch
 
 DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2', 'eps', 'grad_clip', 'init_std',
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
@@ -116,7 +116,7 @@ def train_stack(configs):
         for k, model in enumerate(models):
             p = model.get_parameter(name)
             p.data, p.grad = stacked.data[k], stacked.grad[k]
-    optimizers = [make_optimizer(model, config, device.type) for model, config in zip(models, tuned)]
+    optimizers = [optimizer_of(model, config, device.type) for model, config in zip(models, tuned)]
     # the model that all are run through: its multipliers are 1, because folded() has put them into the weights
     with torch.device('meta'):
         shape = GPT(replace(models[0].config, tie_weights=False))

@@ -42,7 +42,7 @@ from hardware import pick_device
 from model import CHOICES, GPT, OPTIMIZERS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
 from sweep_report import Report, read_csv, write_csv
-from train import MODEL_KEYS, SCHEDULES, TrainConfig, num_steps, open_dataset, split_batch, train
+from train import MODEL_KEYS, SCHEDULES, TrainConfig, at_length, num_steps, open_dataset, split_batch, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
     'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
@@ -163,6 +163,9 @@ class Plan:
         changed = {key: usual.get(key) for variant in config.variants for key in variant}
         variants = self.checked('variants', [{**changed, **variant} for variant in config.variants], overrides)
         inside = {*shapes[0], *variants[0]}
+        if len(inside) < len(shapes[0]) + len(variants[0]):
+            raise UserError(f"{', '.join(sorted({*shapes[0]} & {*variants[0]}))} is in shapes and in variants: leave "
+                            'it in one of them')
         grid = crossed({key: values[key] for key in MODEL_AXES if key not in inside})
         self.row_keys = list(dict.fromkeys(('parameterization', *variants[0])))
         self.models = [{**model, **variant, **shape} for model in grid for variant in variants for shape in shapes]
@@ -195,13 +198,13 @@ class Plan:
         if not all(isinstance(shape, dict) and shape and shape.keys() == shapes[0].keys() for shape in shapes):
             raise UserError(f'{name}={shapes} is not allowed: use a list of dicts of the same keys, '
                             '[dict(n_layer=2), dict(n_layer=4)]')
-        shapes = [{key: check(key, value, TYPES, name) for key, value in shape.items()} for shape in shapes] or [{}]
+        shapes = shapes or [{}]
         clash = [key for key in shapes[0] if key in ('seed', 'learning_rate', *NOT_SWEPT)
                  or isinstance(overrides.get(key), list)]
         if clash:
             raise UserError(f'{clash[0]} cannot be in {name}'
                             f"{': it has a list of its own' if clash[0] in overrides else ''}")
-        return shapes
+        return [{key: check(key, value, TYPES, name) for key, value in shape.items()} for shape in shapes]
 
     def train_config(self, point):
         """The TrainConfig of a point. Raises UserError."""
@@ -209,6 +212,8 @@ class Plan:
             config = TrainConfig(**{**self.facts['base'], **self.elsewhere, **point, **ALONE})
             split_batch(config, world_size=1)
             gpt_config(config)
+            if not config.tokens_per_param:
+                at_length(config, num_steps(config, 0))
         except ValueError as error:
             raise UserError(f"{error} (in {', '.join(f'{key}={value}' for key, value in point.items())})") from None
         return config

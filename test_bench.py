@@ -34,7 +34,7 @@ def test_the_deep_model_of_the_paper_on_64_gpus(capsys):
     assert f'{flops * tokens / (64 * 989e12 * 0.4) / 86400:.3g} on 64 GPU(s) of 989 TFLOP/s' in out
     model, _ = meta_model(config)
     rows = memory(model, config, bench, 2)
-    assert rows['weights'] == pytest.approx(4 * P / 64) and rows['AdamW moments'] == pytest.approx(8 * P / 64)
+    assert rows['weights'] == pytest.approx(4 * P / 64) and rows['optimizer state'] == pytest.approx(8 * P / 64)
     assert rows['activations'] == pytest.approx(8 * 2048 * (179 * 36 * 832 + 6 * 832 + 10 * 50304))
     assert rows['activations, --recompute=True'] == pytest.approx(
         8 * 2048 * (179 * 4 * 832 + 36 * 832 + 6 * 832 + 10 * 50304))

@@ -40,8 +40,7 @@ def test_golden_learning_rates(name, alpha, lr):
     assert {role: group['lr'] for role, group in groups.items()} == pytest.approx(expected)
     for role, group in groups.items():  # a step's decay moves with nothing but alpha, and is AdamW's
         decay = {'embedding': 1, 'unembedding': 1, 'hidden_weight': 8 ** (alpha - 1), 'residual_proj': 8 ** (alpha - 1)}
-        mult = 5 if name == 'muon' and role in HIDDEN else 1
-        assert group['lr'] * group['weight_decay'] == pytest.approx(mult * 0.001 * decay.get(role, 0)), role
+        assert group['lr'] * group['weight_decay'] == pytest.approx(0.001 * decay.get(role, 0)), role
         assert group['lr_scale'] == pytest.approx(group['lr'] / 0.01)
 
 
@@ -158,9 +157,10 @@ def test_decay_by_time_scale_and_independent_decay():
     for lr in (0.001, 0.1):
         c = at_length(replace(config, learning_rate=lr), 1000)
         assert c.learning_rate * c.weight_decay == pytest.approx(1e-4)
-        for name in OPTIMIZERS:
-            group = groups_of(TINY, name, learning_rate=c.learning_rate, weight_decay=c.weight_decay)['embedding']
-            assert group['lr'] * group['weight_decay'] == pytest.approx(1e-4)
+        for name in ('adamw', 'lion', 'muon'):
+            groups = groups_of(TINY, name, learning_rate=c.learning_rate, weight_decay=c.weight_decay, muon_mult=5.0)
+            for role in ('embedding', 'hidden_weight'):
+                assert groups[role]['lr'] * groups[role]['weight_decay'] == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -177,12 +177,29 @@ def test_a_batch_without_betas_is_an_error(changes, message):
 @pytest.mark.parametrize('changes, message', [
     (dict(train_tokens=1000, tokens_per_param=1.0), 'train_tokens=1000 and tokens_per_param=1.0 both set the duration'),
     (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'), 'need learning_rate > 0'),
+    (dict(optimizer='lion', base_batch_tokens=8192), "have rules for AdamW, not for optimizer='lion'"),
+    (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' decays through its momentum"),
     (dict(optimizer='muon', parallel='fsdp'), "optimizer='muon' needs whole matrices, parallel='fsdp' shards them"),
 ])
 def test_what_does_not_go_together(changes, message):
     with pytest.raises(UserError) as error:
         TrainConfig(**changes)
     assert message in str(error.value)
+
+
+def test_another_optimizers_state_is_an_error_not_a_damaged_checkpoint(tiny):
+    train(replace(tiny, max_iters=4))
+    with pytest.raises(UserError, match="was trained with optimizer='adamw', whose state 'muon' cannot go on from"):
+        train(replace(tiny, optimizer='muon', init_from='resume'))
+
+
+def test_zero_is_a_beta_and_a_learning_rate():
+    config = TrainConfig(beta1=0.0, beta2=0.0)
+    assert at_length(config, 10) == config
+    config = TrainConfig(learning_rate=0.0, weight_decay_mode='independent')
+    assert at_length(config, 10).weight_decay == 0
+    for name in OPTIMIZERS:
+        assert {group['lr'] for group in groups_of(TINY, name, learning_rate=0.0).values()} == {0.0}
 
 
 def test_a_run_says_what_it_derived(tiny, capsys):

@@ -81,7 +81,8 @@ SUPAR = dict(parameterization='completep_supar', density=0.5)
 
 @pytest.mark.parametrize('kind, changes', [
     ('ddp', dict(parameterization='completep')), ('ddp', SUPAR),
-    ('fsdp', dict(parameterization='completep')), ('fsdp', dict(tie_weights=True, recompute=True, **SUPAR))])
+    ('fsdp', dict(optimizer='sgd', qk_norm=True, norm='rmsnorm', n_kv_head=1, pos='rope', activation='relu2')),
+    ('fsdp', dict(tie_weights=True, recompute=True, **SUPAR))])
 def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
     one = replace(tiny, **{**changes, 'recompute': False})
     train(one)
@@ -150,7 +151,8 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('changes', [dict(parameterization='completep'), dict(tie_weights=True, **SUPAR)])
+@pytest.mark.parametrize('changes', [dict(parameterization='completep'), dict(tie_weights=True, **SUPAR),
+                                     dict(qk_norm=True, n_kv_head=2)])
 def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, changes):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
     config = GPTConfig(block_size=16, vocab_size=63, n_layer=4, n_embd=64, head_dim=16, base_n_layer=1, base_n_embd=16,
@@ -170,6 +172,8 @@ def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, cha
         block.attn.unshard()
         assert block.attn.c_attn.weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16
         assert block.ln_1.weight.dtype == torch.float32 and isinstance(block.ln_1.weight, DTensor)
+        if block.attn.q_norm:
+            assert block.attn.q_norm.weight.dtype == torch.float32
         block.attn.reshard()
         assert isinstance(block.mlp.c_fc.weight, DTensor)
 

@@ -75,7 +75,7 @@ def rows_in(out_dir):
 @pytest.mark.parametrize('changes', [dict(), dict(tie_weights=True), dict(bias=False),
                                      dict(density=0.5, parameterization='completep_supar'),
                                      dict(n_kv_head=1, pos='rope', norm='rmsnorm', activation='swiglu'),
-                                     dict(pos='alibi', optimizer='sgd', weight_decay_mode='independent')])
+                                     dict(pos='alibi', optimizer='sgd')])
 def test_stacked_runs_are_single_runs(tiny, changes):
     """50 steps in one batched model end at the losses of 50 steps each alone; one that diverges leaves others be."""
     one = TrainConfig(**{**tiny, 'out_dir': '', 'max_iters': 50, 'n_layer': 3, 'base_n_embd': 16, 'batch_size': 4,
@@ -548,6 +548,10 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
     assert rows == ['| rules', '| completep', '| completep, norm rmsnorm, n_kv_head 1', '| sp',
                     '| completep, optimizer muon']
     plan = Plan(SweepConfig(out_dir=str(tmp_path), variants=variants), {**tiny, 'n_embd': [16, 32]})
+    with pytest.raises(UserError, match='n_kv_head, norm is in shapes and in variants'):
+        Plan(SweepConfig(variants=variants[:2], shapes=[dict(norm='rmsnorm', n_kv_head=0)]), tiny)
+    with pytest.raises(UserError, match='beta1=0.9 has no counterpart there'):
+        Plan(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'seed': [1, 2]})
     assert [(one.n_embd, one.parameterization, one.norm, one.n_kv_head, one.optimizer) for one in plan.configs] == [
         (n_embd, *variant) for n_embd in (16, 32) for variant in (
             ('completep', 'layernorm', 0, 'adamw'), ('completep', 'rmsnorm', 1, 'adamw'),

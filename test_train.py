@@ -132,7 +132,8 @@ def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
     dict(dropout=0.3, parameterization='completep_supar', density=0.5, tie_weights=True, weight_decay=0.1),
     dict(schedule='cosine', batch_size=8, grad_clip=0.0),
     dict(optimizer='muon', weight_decay=0.1, weight_decay_mode='independent', pos='rope', n_kv_head=1),
-    dict(optimizer='sgd', learning_rate=0.1, base_batch_tokens=256),
+    dict(optimizer='sgd', learning_rate=0.1, beta1=0.0),
+    dict(base_batch_tokens=256, base_train_tokens=4096, beta1=0.8),
     dict(optimizer='lion', norm='rmsnorm', qk_norm=True, activation='swiglu', unembed_form='weights'),
 ])
 def test_resume_is_bitwise(tiny, tmp_path, changes):

@@ -123,7 +123,7 @@ class TrainConfig:
     def __post_init__(self):
         """Raises UserError for a value that no run can use; what depends on the data or machine is checked later."""
         require_at_least(self, block_size=1, batch_tokens=1, batch_size=1, max_iters=1, train_tokens=0,
-                         tokens_per_param=0, learning_rate=0, weight_decay=0, tau_ema=0, muon_mult=0, eps=1e-38,
+                         tokens_per_param=0, learning_rate=0, weight_decay=0, tau_ema=0, muon_mult=1e-6, eps=1e-38,
                          grad_clip=0, skip_grad_norm=0, base_batch_tokens=0, base_train_tokens=0, eval_interval=0,
                          eval_tokens=1, log_interval=1, sample_tokens=0, seed=0, vocab_size=0, timeout_s=1)
         for key in ('beta1', 'beta2', 'warmup_frac', 'final_lr_frac'):
@@ -149,6 +149,12 @@ class TrainConfig:
         if self.optimizer == 'muon' and self.parallel != 'ddp':
             raise UserError(f"optimizer='muon' needs whole matrices, parallel='{self.parallel}' shards them: use ddp, "
                             'or another optimizer')
+        if self.optimizer != 'adamw' and (self.base_batch_tokens or self.base_train_tokens):
+            raise UserError(f"base_batch_tokens and base_train_tokens have rules for AdamW, not for optimizer='"
+                            f"{self.optimizer}': leave them at 0")
+        if self.optimizer == 'sgd' and (self.tau_ema or self.weight_decay_mode == 'independent'):
+            raise UserError("optimizer='sgd' decays through its momentum: tau_ema and independent weight decay are for "
+                            'the others')
 
 
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
@@ -182,11 +188,12 @@ def at_length(config, steps):
     ratio = m_B / m_D
     for key in ('beta1', 'beta2'):
         largest = 1 / (1 - getattr(c, key))
-        if ratio > largest * (1 - 1e-9):
+        if ratio > max(1, largest * (1 - 1e-9)):
             raise UserError(f'batch_tokens is {m_B:g} and the duration {m_D:g} times the base: {key}='
                             f'{getattr(c, key)} has no counterpart there; their ratio must stay below {largest:g}')
-    weight_decay = c.weight_decay / c.learning_rate if c.weight_decay_mode == 'independent' else c.weight_decay
-    weight_decay *= ratio ** 0.5
+    weight_decay = c.weight_decay * ratio ** 0.5
+    if c.weight_decay and c.weight_decay_mode == 'independent':
+        weight_decay /= c.learning_rate
     learning_rate = c.learning_rate * ratio ** 0.5
     if c.tau_ema:
         weight_decay = 1 / (c.tau_ema * learning_rate * steps)
@@ -195,8 +202,8 @@ def at_length(config, steps):
                    beta2=c.beta2 + (1 - c.beta2) * (1 - ratio))
 
 
-def make_optimizer(model, config, device_type):
-    """The optimizer of a config that at_length() returned. Raises UserError."""
+def optimizer_of(model, config, device_type):
+    """The optimizer that a config asks for, with its values as they are, see at_length(). Raises UserError."""
     c = config
     try:
         return model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.eps, device_type,
@@ -257,8 +264,9 @@ def build_model(config, data, saved=None, sharded=False):
             raise UserError(error) from None
     if saved:
         tokenizer = saved['meta']
-        differ = [f'{key} is {value!r}, not {shape.get(key)!r}' for key, value in saved['model_config'].items()
-                  if shape.get(key) != value and key != 'dropout']
+        held = asdict(GPTConfig(**saved['model_config']))  # with the keys that are younger than it
+        differ = [f'{key} is {value!r}, not {shape[key]!r}' for key, value in held.items()
+                  if shape[key] != value and key != 'dropout']
     differ += [f'{key} is {tokenizer.get(key)!r}, not {data.meta.get(key)!r}' for key in ('tokenizer', 'chars')
                if tokenizer.get(key) != data.meta.get(key)]
     if differ:
@@ -360,17 +368,22 @@ def run(config, stop, at_end):
     model.to(device)
     steps = num_steps(c, model.num_params())
     tuned = at_length(c, steps)
-    optimizer = make_optimizer(model, tuned, device.type)
+    optimizer = optimizer_of(model, tuned, device.type)
     first_step, best_val_loss = 0, math.inf
     if saved:
         first_step, best_val_loss = saved['step'], saved['best_val_loss']
+        before = {**asdict(TrainConfig()), **saved['config']}  # with the keys that are younger than the checkpoint
+        if before['optimizer'] != c.optimizer:
+            raise UserError(f"'{c.out_dir}' was trained with optimizer='{before['optimizer']}', whose state "
+                            f"'{c.optimizer}' cannot go on from: use the same")
         if first_step > steps:
-            raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters")
+            raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters, "
+                            'or train_tokens or tokens_per_param where they are set')
         checkpoint.restore(saved_path, model, optimizer)  # but this run's lr, weight decay, eps and betas
         if saved['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(saved['scaler'])
-        changed = [f'{key} {saved["config"].get(key)} -> {value}' for key, value in asdict(c).items()
-                   if saved['config'].get(key) != value and key not in ('init_from', 'out_dir', 'overwrite')]
+        changed = [f'{key} {before[key]} -> {value}' for key, value in asdict(c).items()
+                   if before[key] != value and key not in ('init_from', 'out_dir', 'overwrite')]
         say(f"resuming {saved_path} at step {first_step}{', with ' if changed else ''}{', '.join(changed)}")
 
     say(f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '

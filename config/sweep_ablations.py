@@ -1,5 +1,5 @@
 # Which changes keep the best learning rate where it is over width (arXiv:2404.05728): python sweep.py
-# config/sweep_ablations.py, data as in sweep_base.py
+# config/sweep_ablations.py, data as in sweep_base.py; pip install lion-pytorch
 # Hardware: any CPU. Time: not measured yet.
 from sweep_base import *
 
