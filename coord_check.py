@@ -718,8 +718,7 @@ def plan(config, axis, data, device):
 
     gpts = [partial(make_gpt, c, data, device, autocast, kwargs, varies) for kwargs in shapes]
     if axis != 'laziness':
-        return {axis: arguments(gpts, fixed, c.steps, modules=MODULES,
-                                parameters=roles, expected=expected)}
+        return {axis: arguments(gpts, fixed, c.steps, modules=MODULES, parameters=roles, expected=expected)}
     toys = [partial(make_toy, kwargs['parameterization'], kwargs['alpha']) for kwargs in shapes]
     return {'laziness_toy': arguments(toys, "the paper's toy network", 1, blocks=r'branches\.1'),
             'laziness': arguments(gpts, fixed, 1, blocks=r'transformer\.h\.\d+')}

@@ -31,7 +31,7 @@ from coord_check import (
     write_csv,
 )
 from dataset import Dataset
-from test_model import VARIANTS, label
+from test_model import VARIANTS, label, skip_without_its_package
 from test_train import run
 from tokenizer import ByteTokenizer
 from write_dataset import write_dataset
@@ -88,8 +88,7 @@ OPTIMIZERS = [dict(optimizer='lion'), dict(optimizer='muon', learning_rate=4e-3)
 @pytest.mark.parametrize('variant', [*VARIANTS, *OPTIMIZERS], ids=label)
 def test_every_variant_keeps_the_promise(reports, variant, axis):
     """Each change from the default, beside a control that has it, too, and must fail."""
-    if variant.get('optimizer') == 'lion':
-        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+    skip_without_its_package(variant.get('optimizer'))
     report, = reports(axis, parameterization='completep', seeds=6, probe_tokens=256, **variant).values()
     assert report.passed, report
 

@@ -376,6 +376,11 @@ VARIANTS = [  # each change from the default by itself, and what the studies' mo
     dict(pos='alibi', activation='relu2', attn_scale='1/N', n_kv_head=2, norm='rmsnorm')]
 
 
+def skip_without_its_package(optimizer):
+    if optimizer == 'lion':
+        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+
+
 def label(variant):
     return ','.join(f'{key}={value}' for key, value in variant.items())
 

@@ -8,7 +8,7 @@ import torch
 from configurator import UserError
 from model import GPT, OPTIMIZERS, GPTConfig, Rule
 from optimizers import Muon, orthogonalized
-from test_model import TINY, make, train_steps
+from test_model import TINY, make, skip_without_its_package, train_steps
 from train import TrainConfig, at_length, num_steps, train
 
 BIG = replace(TINY, n_layer=16, n_embd=128, parameterization='completep')  # m_N = 4, m_L = 8
@@ -17,8 +17,7 @@ HIDDEN, VECTORS = ('hidden_weight', 'residual_proj'), ('block_norm', 'hidden_bia
 
 def groups_of(config, name, **values):
     values = dict(weight_decay=0.1, learning_rate=0.01, betas=(0.9, 0.95), eps=1e-8, device_type='cpu') | values
-    if name == 'lion':
-        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+    skip_without_its_package(name)
     with torch.device('meta'):
         model = GPT(config)
     return {group['role']: group for group in model.configure_optimizers(**values, optimizer=name).param_groups}
@@ -57,8 +56,7 @@ def test_eps_of_muon_is_for_the_whole_matrix():
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_every_parameterization_is_one_at_the_base(name):
-    if name == 'lion':
-        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+    skip_without_its_package(name)
 
     def losses(parameterization):
         model = make(parameterization=parameterization)

@@ -22,6 +22,7 @@ import train as train_module
 from configurator import UserError, configure, exit_on_user_error
 from dataset import Dataset
 from model import GPT, GPTConfig
+from test_model import skip_without_its_package
 from tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
 from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
 from write_dataset import parquet_documents, write_dataset
@@ -138,8 +139,7 @@ def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
 ])
 def test_resume_is_bitwise(tiny, tmp_path, changes):
     """N steps straight equal some, a stop, and the rest from the checkpoint at N/2."""
-    if changes.get('optimizer') == 'lion':
-        pytest.importorskip('lion_pytorch', reason='needs lion-pytorch (requirements-dev.txt)')
+    skip_without_its_package(changes.get('optimizer'))
     config = replace(tiny, **changes)
     straight = train(config)
     halves = replace(config, out_dir=str(tmp_path / 'halves'))
