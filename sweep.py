@@ -42,7 +42,17 @@ from hardware import pick_device
 from model import CHOICES, GPT, OPTIMIZERS, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
 from sweep_report import Report, read_csv, write_csv
-from train import MODEL_KEYS, SCHEDULES, TrainConfig, at_length, num_steps, open_dataset, split_batch, train
+from train import (
+    MODEL_KEYS,
+    SCHEDULES,
+    TrainConfig,
+    at_length,
+    num_steps,
+    open_dataset,
+    optimizer_of,
+    split_batch,
+    train,
+)
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
     'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
@@ -229,9 +239,10 @@ class Plan:
 
 
 def cost(config, data):
-    """FLOPs of one run: what the progress bar counts."""
+    """FLOPs of one run: what the progress bar counts. Raises UserError for an optimizer that has no rule for it."""
     with torch.device('meta'):
         model = GPT(gpt_config(config, data.vocab_size))
+    optimizer_of(model, config, 'meta')
     steps = num_steps(config, model.num_params())
     return model.flops_per_token() * (steps * config.batch_tokens + config.eval_tokens / 3)
 
@@ -585,6 +596,7 @@ def main():
     plan = Plan(config, overrides)
     data = [open_dataset(name) for name in dict.fromkeys(one.dataset for one in plan.configs)][0]
     pick_device(plan.configs[0].device)
+    costs = {run: cost(one, data) for run, one in dict(zip(plan.runs, plan.configs)).items()}
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -594,7 +606,6 @@ def main():
     study = open_study(config)
     enqueue(study, plan, out_dir)
     (out_dir / 'sweep.json').write_text(json.dumps(plan.facts, indent=1))
-    costs = {run: cost(one, data) for run, one in dict(zip(plan.runs, plan.configs)).items()}
     if plan.sampled:
         print(f'{config.trials} runs, {max(0, config.trials - sampled_so_far(study))} to do')
     else:

@@ -101,7 +101,7 @@ def rules_with(monkeypatch, **mutated):
         rules = original(m_N, m_L, m_D, rho, mutated.get('alpha', alpha), *rest, **more)
         for role, change in mutated.items():
             if role != 'alpha':
-                changed = change(rules[role], rho) if callable(change) else change
+                changed = change(rules[role], rho, m_N) if callable(change) else change
                 rules[role] = rules[role]._replace(**changed)
         return rules
     monkeypatch.setattr(model, 'scaling_rules', scaling_rules)
@@ -138,7 +138,7 @@ FAULTS = {
     'decay not scaled': lambda patch: rules_with(patch, **every_hidden(weight_decay=1.0)),
     'eps not scaled': lambda patch: rules_with(patch, **{role: dict(eps=1.0) for role in model.ROLES}),
     'density ignored in lr': lambda patch: rules_with(patch, **dict.fromkeys(
-        ('hidden_weight', 'residual_proj'), lambda rule, rho: dict(lr=rule.lr * rho))),
+        ('hidden_weight', 'residual_proj'), lambda rule, rho, m_N: dict(lr=rule.lr * rho))),
     'alpha off by 0.5': lambda patch: rules_with(patch, alpha=0.5),
     'one layer of eight wrong': lambda patch: patch.setattr(coord_check, 'GPT', OneBadLayer),
 }
@@ -178,6 +178,40 @@ def test_planted_faults(reports, monkeypatch, fault, axis):
             assert {line.where.split('.')[2] for line in failures if line.group == 'hidden_weight'} == {'3'}
     else:
         assert not failures, 'is seen: write it down in SEEN'
+
+
+def steps_of(optimizer, rule_of):
+    """A fault: the optimizer takes its factors from rule_of."""
+    return lambda patch: patch.setitem(model.OPTIMIZERS, optimizer, rule_of)
+
+
+# variant, fault, axis, what gives it away
+FAULTS_OF_VARIANTS = {
+    'lion, lr not scaled': (dict(optimizer='lion'), steps_of('lion', lambda rule: (1.0, rule.weight_decay, None)),
+                            'width', ('update', 'hidden_weight')),
+    "muon by AdamW's rule": (OPTIMIZERS[1], steps_of('muon', lambda rule: (rule.lr, rule.weight_decay, rule.eps)),
+                             'width', ('update', 'hidden_weight')),
+    "muon by AdamW's eps": (OPTIMIZERS[1], steps_of('muon', lambda rule: (1.0, 1.0, rule.eps)),
+                            'width', ('grad/eps', 'hidden_weight')),
+    "sgd by AdamW's rule, width": (OPTIMIZERS[2], steps_of('sgd', lambda rule: (rule.lr, rule.weight_decay, None)),
+                                   'width', ('update', 'embedding')),
+    "sgd by AdamW's rule, depth": (OPTIMIZERS[2], steps_of('sgd', lambda rule: (rule.lr, rule.weight_decay, None)),
+                                   'depth', ('update', 'hidden_weight')),
+    "weights' form, lr not scaled": (dict(unembed_form='weights'), lambda patch: rules_with(
+        patch, unembedding=dict(lr=1.0)), 'width', ('update', 'unembedding')),
+    "weights' form, init not scaled": (dict(unembed_form='weights'), lambda patch: rules_with(
+        patch, unembedding=dict(init_std=1.0)), 'width', ('activation', 'logits')),
+    'qk_norm, lr scaled': (dict(qk_norm=True), lambda patch: rules_with(
+        patch, qk_norm=lambda rule, rho, m_N: dict(lr=1 / m_N)), 'width', ('update', 'qk_norm')),
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS_OF_VARIANTS)
+def test_planted_faults_in_variants(reports, monkeypatch, fault):
+    variant, plant, axis, (quantity, group) = FAULTS_OF_VARIANTS[fault]
+    plant(monkeypatch)
+    report, = reports(axis, parameterization='completep', control='none', **variant).values()
+    assert re.search(rf'^{quantity} +{group} .* FAIL', str(report), re.MULTILINE), report
 
 
 def test_the_readme_says_which_fault_is_seen_where():

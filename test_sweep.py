@@ -558,6 +558,12 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
             ('sp', 'layernorm', 0, 'adamw'), ('completep', 'layernorm', 0, 'muon'))]
 
 
+def test_an_optimizer_without_a_rule_ends_a_sweep_before_it_begins(sweep_main, tmp_path):
+    code, _ = sweep_main(optimizer='muon', density=[0.5, 1.0], out_dir=str(tmp_path / 'never'))
+    assert isinstance(code, UserError) and "optimizer='muon' has no rule for density=0.5" in str(code)
+    assert not (tmp_path / 'never').exists()
+
+
 def test_report_without_an_axis_compares_shapes_only(tmp_path):
     models = [dict(n_layer=n, n_embd=32, density=1.0, parameterization='sp') for n in (2, 4)]
     rows = [dict(model, learning_rate=0.01, seed=1, trial=i, tokens=(512, 1024)[i], seconds=1.0, val_loss=3.0 - i)
