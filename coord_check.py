@@ -550,13 +550,16 @@ def expected_slopes(axis, alpha, config, roles):
     """
     c, hidden = config, '(hidden_weight|residual_proj)'
     inside = '(block_norm|qk_norm|hidden_bias|hidden_weight|residual_proj)'
+    in_blocks = alpha - 1 if axis == 'depth' else 0  # how the lr of what is in blocks falls
     slopes = {}
     if axis in ('width', 'depth') and c.n_kv_head:
         low = alpha - 1.3 if axis == 'depth' else -0.3
         slopes |= {f'(activation|change) attention (0|1|{c.steps}) .*': Band(0, low, 0.3, FEW),
-                   **({'update qk_norm .*': around(0, 0.25, FEW)} if 'qk_norm' in roles else {})}
+                   **({'update qk_norm .*': around(in_blocks, 0.25, FEW)} if 'qk_norm' in roles else {})}
     if axis in ('width', 'depth') and c.optimizer == 'sgd':
-        slopes |= {f'update (?!{hidden}).*': around(0, 0.25, 'steps of SGD are as noisy as its gradients')}
+        noisy = 'steps of SGD are as noisy as its gradients'
+        slopes |= {f'update {role} .*': around(in_blocks if re.fullmatch(inside, role) else 0, 0.25, noisy)
+                   for role in roles if not re.fullmatch(hidden, role)}
     if axis == 'width':
         head = 'the random part of the logits falls as width^-1/2, n_embd terms over m_N, until learning hides it'
         if not c.zero_init_unembed:
@@ -586,9 +589,9 @@ def expected_slopes(axis, alpha, config, roles):
                        FLAT if alpha == 1 else Band(alpha - 1, alpha - 1.15, 0.15, block),
                    **({} if c.zero_init_unembed else {f'gradient {inside} .*': around(-alpha, 0.25, GRADIENT)}),
                    'gradient .*': around(0, 0.25, GRADIENT),
-                   f'update {inside} .*': around(alpha - 1, 0.1, UPDATE)}
+                   f'update {inside} .*': around(in_blocks, 0.1, UPDATE)}
         if c.weight_decay:
-            slopes |= {f'decay {hidden} .*': around(alpha - 1, 0.02, DECAY)}
+            slopes |= {f'decay {hidden} .*': around(in_blocks, 0.02, DECAY)}
     if axis == 'density':
         slopes |= {f'update {hidden} .*': around(-1, 0.1, UPDATE), 'gradient .*': around(0, 0.25, GRADIENT)}
     if axis != 'laziness':

@@ -81,7 +81,8 @@ def test_completep_supar_passes_and_its_control_fails(reports, axis, quantity, g
 
 
 OPTIMIZERS = [dict(optimizer='lion'), dict(optimizer='muon', learning_rate=4e-3),
-              dict(optimizer='sgd', learning_rate=0.2, weight_decay=0.0)]
+              dict(optimizer='sgd', learning_rate=0.2, weight_decay=0.0),
+              dict(optimizer='sgd', learning_rate=0.2, weight_decay=0.0, alpha=0.5)]
 
 
 @pytest.mark.parametrize('axis', ['width', 'depth'])
