@@ -22,7 +22,10 @@ FIELDS = ('step', 'tokens', 'loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_nor
 
 
 def describe(model, optimizer):
-    """The table of rules as it applies to this model and optimizer, a line per role, as text."""
+    """The table of rules as it applies to this model and optimizer, a line per role, as text.
+
+    lr x wd is what a step takes from a weight; SGD's decay goes through its momentum, which adds it up.
+    """
     row = '{:<17}{:>14}{:>11}{:>11}{:>13}{:>11}{:>11}{:>12}'.format
     lines = [row('role', 'parameters', 'init std', 'lr', 'weight decay', 'lr x wd', 'eps', 'forward x')]
     groups = {group['role']: group for group in optimizer.param_groups}
@@ -32,8 +35,9 @@ def describe(model, optimizer):
         values = ['-'] * 6
         if role in groups:
             g = groups[role]
+            decay = g['lr'] * g['weight_decay'] / (1 - g.get('momentum', 0))
             values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(model.config.init_std * rule.init_std),
-                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(g['lr'] * g['weight_decay']),
+                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(decay),
                       NUMBER(g['eps']) if 'eps' in g else '-']
         elif role == 'unembedding':  # tied: its tensor is the embedding's
             values[0] = '0'

@@ -223,7 +223,7 @@ class GPTConfig:
     def rules(self):
         """Rule of every role at this shape: a parameterization is nothing but the exponents on the ratios."""
         sees = PARAMETERIZATIONS[self.parameterization]
-        return scaling_rules(
+        rules = scaling_rules(
             m_N=(self.n_embd / self.base_n_embd) ** sees.width,
             m_L=(self.n_layer / self.base_n_layer) ** sees.depth,
             m_D=(self.head_dim / self.base_head_dim) ** sees.width,
@@ -232,6 +232,9 @@ class GPTConfig:
             gpt2_init=(2 * self.n_layer) ** (-0.5 * sees.gpt2_init),
             unembed_form=self.unembed_form,
         )
+        if self.zero_init_unembed:
+            rules['unembedding'] = rules['unembedding']._replace(init_std=0.0)
+        return rules
 
 
 # -----------------------------------------------------------------------------
@@ -378,8 +381,6 @@ class GPT(nn.Module):
                 values = torch.empty(p.shape).normal_(0.0, c.init_std * rules[role].init_std, generator=generator)
                 if c.zero_init_query and name.endswith('attn.c_attn.weight'):
                     values[:c.n_embd] = 0.0  # the rows of the queries
-                if c.zero_init_unembed and role == 'unembedding':
-                    values.zero_()
                 fill(p, values)
         mask_generator = torch.Generator().manual_seed(c.mask_seed)
         for module in self.modules():
@@ -440,7 +441,7 @@ class GPT(nn.Module):
         groups, rules = {}, self.config.rules
         for name, p in self.weights():
             role = role_of(name)
-            if rules[role].lr is None:
+            if None in (rules[role].lr, rules[role].weight_decay, rules[role].eps):
                 raise ValueError(f"role '{role}' has no rule for optimizer='{optimizer}': give it one in scaling_rules")
             lr, decay, eps_factor = OPTIMIZERS[optimizer](rules[role])
             by_muon = optimizer == 'muon' and rules[role].muon
@@ -493,13 +494,18 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type, dropout=0.0, block_size=None):
         """GPT-2 weights by name ('gpt2' .. 'gpt2-xl') or folder, through transformers; block_size crops the context.
 
-        Raises ValueError if block_size is more than the weights have.
+        Raises ValueError if block_size is more than the weights have, or for a model of another kind.
         """
         from transformers import GPT2LMHeadModel
         hf = GPT2LMHeadModel.from_pretrained(model_type)
         if (block_size or 0) > hf.config.n_positions:
             raise ValueError(f'block_size={block_size} is more than the {hf.config.n_positions} positions of '
                              f"'{model_type}': use at most that")
+        for key, values in dict(
+                activation_function=['gelu_new'], layer_norm_epsilon=[1e-5], n_inner=[None, 4 * hf.config.n_embd],
+                tie_word_embeddings=[True], scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False]).items():
+            if getattr(hf.config, key) not in values:
+                raise ValueError(f"'{model_type}' has {key}={getattr(hf.config, key)}, it must be {values[0]}")
         shape = dict(n_layer=hf.config.n_layer, n_embd=hf.config.n_embd, head_dim=hf.config.n_embd // hf.config.n_head)
         config = GPTConfig(
             block_size=block_size or hf.config.n_positions, vocab_size=hf.config.vocab_size,

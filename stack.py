@@ -38,6 +38,8 @@ def why_not_stack(config):
         return 'a norm after the query takes the multiplier of the logits out again'
     if config.optimizer == 'muon':
         return 'Muon rounds to bfloat16, which makes other losses of sums in another order'
+    if config.skip_grad_norm:
+        return 'a step is left out by the norm of one run'
     if config.dropout:
         return 'dropout draws from one generator for all'
     if dtype == torch.float16:

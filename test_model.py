@@ -247,6 +247,13 @@ def test_describe_shows_what_the_optimizer_has():
     assert shown == ['embedding', 'hidden_weight', 'residual_proj', 'unembedding', 'residual_branch',
                      'attention_logits']
     assert next(line for line in lines if line.startswith('residual_branch')).split()[-1] == '0.25'
+    other = make(n_layer=8, n_embd=128, parameterization='completep', zero_init_unembed=True)
+    for name, hidden, unembedding in (
+            ('sgd', '0.01 0.04 0.025 0.01 - 1', '0 0.04 0.025 0.01 - 0.25'),
+            ('muon', '0.01 0.05 0.02 0.001 2.5e-09 1', '0 0.01 0.1 0.001 2.5e-09 0.25')):
+        optimizer = other.configure_optimizers(0.1, 0.01, (0.9, 0.95), 1e-8, 'cpu', name, 5.0)
+        shown = {line.split()[0]: line.split()[2:] for line in metrics.describe(other, optimizer).splitlines()}
+        assert (shown['hidden_weight'], shown['unembedding']) == (hidden.split(), unembedding.split()), name
 
 
 def gradient_rms(**shape):
@@ -739,7 +746,7 @@ def tiny_gpt2(tmp_path_factory):
     return hf, str(folder)
 
 
-def test_gpt2_import(tiny_gpt2):
+def test_gpt2_import(tiny_gpt2, tmp_path):
     hf, folder = tiny_gpt2
     model = GPT.from_pretrained(folder).eval()
     idx = torch.randint(100, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -751,6 +758,11 @@ def test_gpt2_import(tiny_gpt2):
                                    atol=1e-5 * expected.abs().max().item())
     with pytest.raises(ValueError, match='block_size=64 is more than the 32 positions'):
         GPT.from_pretrained(folder, block_size=64)
+    for key, value in dict(activation_function='relu', n_inner=100, layer_norm_epsilon=1e-6).items():
+        other = type(hf.config)(n_layer=1, n_embd=64, n_head=4, vocab_size=10, **{key: value})
+        type(hf)(other).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"' has {key}={value}, it must be "):
+            GPT.from_pretrained(str(tmp_path))
     assert model.config.n_head == 4 and model.config.parameterization == 'gpt2'
     assert model_module.GPT.from_pretrained(folder, dropout=0.3).transformer.drop.p == 0.3
 
@@ -790,4 +802,7 @@ def test_the_papers_anchor_has_the_papers_sizes(n_layer, num_params):
         model = GPT(GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS}))
     assert model.num_params() == num_params
     assert config.batch_tokens * config.max_iters == 299_892_736
+    assert (config.learning_rate, config.eps, config.init_std, config.warmup_frac, config.final_lr_frac,
+            config.schedule, config.activation, config.pos, config.bias, config.norm, config.tie_weights) == (
+        2**-8, 1e-16, 0.02, 0.1, 0.0, 'linear', 'relu2', 'alibi', True, 'layernorm', False)
     assert model.transformer.h[0].attn.logit_mult == 1 / 256

@@ -66,11 +66,16 @@ def test_every_parameterization_is_one_at_the_base(name):
 
 
 def test_a_role_without_a_rule_is_an_error(monkeypatch):
-    rules = TINY.rules | dict(block_norm=Rule())
-    monkeypatch.setattr(GPTConfig, 'rules', rules)
+    rules = TINY.rules
+    monkeypatch.setattr(GPTConfig, 'rules', rules | dict(block_norm=Rule()))
     for name in OPTIMIZERS:
         with pytest.raises(ValueError, match=f"role 'block_norm' has no rule for optimizer='{name}'"):
             make().configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', name)
+    for missing in ('lr', 'weight_decay', 'eps'):  # one is as bad as all
+        incomplete = rules['final_norm']._replace(**{missing: None})
+        monkeypatch.setattr(GPTConfig, 'rules', rules | dict(final_norm=incomplete))
+        with pytest.raises(ValueError, match="role 'final_norm' has no rule for optimizer='sgd'"):
+            make().configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', 'sgd')
     monkeypatch.undo()
     with pytest.raises(ValueError, match="optimizer='muon' has no rule for density=0.5"):
         make(density=0.5).configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', 'muon')
@@ -164,6 +169,7 @@ def test_decay_by_time_scale_and_independent_decay():
 @pytest.mark.parametrize('changes, message', [
     (dict(batch_tokens=10 * 16384), 'beta1=0.9 has no counterpart there; their ratio must stay below 10'),
     (dict(batch_tokens=24 * 16384, beta1=0.99), 'beta2=0.95 has no counterpart there; their ratio must stay below 20'),
+    (dict(batch_tokens=12 * 16384, beta2=0.5), 'beta2=0.5 has no counterpart there; their ratio must stay below 2'),
 ])
 def test_a_batch_without_betas_is_an_error(changes, message):
     config = replace(BASE, train_tokens=16384 * 1000, **changes)
@@ -176,6 +182,7 @@ def test_a_batch_without_betas_is_an_error(changes, message):
     (dict(train_tokens=1000, tokens_per_param=1.0), 'train_tokens=1000 and tokens_per_param=1.0 both set the duration'),
     (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'), 'need learning_rate > 0'),
     (dict(optimizer='lion', base_batch_tokens=8192), "have rules for AdamW, not for optimizer='lion'"),
+    (dict(base_batch_tokens=8192), 'base_batch_tokens needs a duration in tokens, from which the steps follow'),
     (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' decays through its momentum"),
     (dict(optimizer='muon', parallel='fsdp'), "optimizer='muon' needs whole matrices, parallel='fsdp' shards them"),
 ])
@@ -187,8 +194,13 @@ def test_what_does_not_go_together(changes, message):
 
 def test_another_optimizers_state_is_an_error_not_a_damaged_checkpoint(tiny):
     train(replace(tiny, max_iters=4))
-    with pytest.raises(UserError, match="was trained with optimizer='adamw', whose state 'muon' cannot go on from"):
+    with pytest.raises(UserError, match="was trained with optimizer='adamw', whose state optimizer='muon' cannot"):
         train(replace(tiny, optimizer='muon', init_from='resume'))
+    sgd = replace(tiny, max_iters=4, optimizer='sgd', overwrite=True)
+    for before, after in ((0.0, 0.9), (0.9, 0.0)):
+        train(replace(sgd, beta1=before))
+        with pytest.raises(UserError, match='without momentum.* cannot go on from: use the same'):
+            train(replace(sgd, beta1=after, init_from='resume', overwrite=False))
 
 
 def test_zero_is_a_beta_and_a_learning_rate():
@@ -201,7 +213,8 @@ def test_zero_is_a_beta_and_a_learning_rate():
 
 
 def test_a_run_says_what_it_derived(tiny, capsys):
-    train(replace(tiny, max_iters=2, base_batch_tokens=tiny.batch_tokens // 4))
+    tokens = dict(base_batch_tokens=tiny.batch_tokens // 4, train_tokens=2 * tiny.batch_tokens)
+    train(replace(tiny, **tokens))
     assert 'batch and duration against the base: learning_rate' in capsys.readouterr().out
     train(replace(tiny, max_iters=2, out_dir=''))
     assert 'against the base: learning_rate' not in capsys.readouterr().out

@@ -101,7 +101,8 @@ def test_stacked_runs_are_single_runs(tiny, changes):
 
 @pytest.mark.parametrize('changes, reason', [
     (dict(), None), (dict(dropout=0.1), 'dropout'), (dict(dtype='bfloat16'), 'bfloat16 on a CPU'),
-    (dict(qk_norm=True), 'a norm after the query'), (dict(optimizer='muon'), 'Muon')])
+    (dict(qk_norm=True), 'a norm after the query'), (dict(optimizer='muon'), 'Muon'),
+    (dict(skip_grad_norm=5.0), 'left out by the norm of one run')])
 def test_what_cannot_be_stacked_says_why(tiny, changes, reason):
     why = why_not_stack(TrainConfig(**{**tiny, **changes}))
     assert why is None if reason is None else reason in why
@@ -551,7 +552,7 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
     with pytest.raises(UserError, match='n_kv_head, norm is in shapes and in variants'):
         Plan(SweepConfig(variants=variants[:2], shapes=[dict(norm='rmsnorm', n_kv_head=0)]), tiny)
     with pytest.raises(UserError, match='beta1=0.9 has no counterpart there'):
-        Plan(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'seed': [1, 2]})
+        Plan(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'train_tokens': 1024, 'seed': [1, 2]})
     assert [(one.n_embd, one.parameterization, one.norm, one.n_kv_head, one.optimizer) for one in plan.configs] == [
         (n_embd, *variant) for n_embd in (16, 32) for variant in (
             ('completep', 'layernorm', 0, 'adamw'), ('completep', 'rmsnorm', 1, 'adamw'),

@@ -85,7 +85,7 @@ class TrainConfig:
     output_mult: float = 1.0               # on the logits
     learning_rate: float = 4e-3            # peak
     weight_decay: float = 0.0              # PyTorch's: a step shrinks weights by lr * weight_decay
-    weight_decay_mode: str = 'coupled'     # independent: a step shrinks weights by weight_decay, however high the lr
+    weight_decay_mode: str = 'coupled'     # independent: by weight_decay, however high the lr, at the base
     tau_ema: float = 0.0                   # > 0 sets weight_decay = 1 / (tau_ema * learning_rate * steps)
     optimizer: str = 'adamw'               # adamw, lion, muon (AdamW where it is no hidden matrix), sgd
     muon_mult: float = 5.0                 # of Muon's learning rate to AdamW's beside it
@@ -152,6 +152,9 @@ class TrainConfig:
         if self.optimizer != 'adamw' and (self.base_batch_tokens or self.base_train_tokens):
             raise UserError(f"base_batch_tokens and base_train_tokens have rules for AdamW, not for optimizer='"
                             f"{self.optimizer}': leave them at 0")
+        if self.base_batch_tokens and not (self.train_tokens or self.tokens_per_param or self.base_train_tokens):
+            raise UserError('base_batch_tokens needs a duration in tokens, from which the steps follow: set '
+                            'train_tokens or tokens_per_param, or base_train_tokens where max_iters is to stay')
         if self.optimizer == 'sgd' and (self.tau_ema or self.weight_decay_mode == 'independent'):
             raise UserError("optimizer='sgd' decays through its momentum: tau_ema and independent weight decay are for "
                             'the others')
@@ -186,7 +189,7 @@ def at_length(config, steps):
     m_B = c.batch_tokens / (c.base_batch_tokens or c.batch_tokens)
     m_D = tokens / (c.base_train_tokens or tokens)
     ratio = m_B / m_D
-    for key in ('beta1', 'beta2'):
+    for key in sorted(('beta1', 'beta2'), key=lambda key: getattr(c, key)):  # the smaller one ends sooner
         largest = 1 / (1 - getattr(c, key))
         if ratio > max(1, largest * (1 - 1e-9)):
             raise UserError(f'batch_tokens is {m_B:g} and the duration {m_D:g} times the base: {key}='
@@ -373,9 +376,11 @@ def run(config, stop, at_end):
     if saved:
         first_step, best_val_loss = saved['step'], saved['best_val_loss']
         before = {**asdict(TrainConfig()), **saved['config']}  # with the keys that are younger than the checkpoint
-        if before['optimizer'] != c.optimizer:
-            raise UserError(f"'{c.out_dir}' was trained with optimizer='{before['optimizer']}', whose state "
-                            f"'{c.optimizer}' cannot go on from: use the same")
+        trained, now = (f"optimizer='{name}'{' without momentum' if name == 'sgd' and not beta1 else ''}"
+                        for name, beta1 in ((before['optimizer'], before['beta1']), (c.optimizer, c.beta1)))
+        if trained != now:
+            raise UserError(f"'{c.out_dir}' was trained with {trained}, whose state {now} cannot go on from: use the "
+                            'same')
         if first_step > steps:
             raise UserError(f"'{c.out_dir}' is at step {first_step}, past the end at {steps}: raise max_iters, "
                             'or train_tokens or tokens_per_param where they are set')
