@@ -1,5 +1,5 @@
 """
-Attention with its positions, SwiGLU and cross-entropy.
+Attention with its positions, GELU, SwiGLU and cross-entropy.
 
 Attention and cross-entropy are PyTorch's own, except in bf16 on a CPU: there they are computed in pieces that stay in
 the cache, attention as plain products, which are faster than the kernel, and the loss without float32 copies of the
@@ -107,6 +107,13 @@ class CausalProducts(torch.autograd.Function):
             dq[:, start:end] = ctx.scale * (ds @ k[:, :end])
             dk[:, :end].baddbmm_(ds.mT, q[:, start:end], alpha=ctx.scale)
         return dq, dk, dv, None
+
+
+def gelu(x):
+    """GELU in the tanh form that GPT-2 has (arXiv:1606.08415); nanoGPT uses the erf form."""
+    if torch.compiler.is_compiling() and x.device.type == 'cpu':  # (1 + tanh(u)) / 2 is sigmoid(2 u), and cheaper
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate='tanh')
 
 
 def swiglu(x):

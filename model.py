@@ -17,7 +17,6 @@ Papers: CompleteP arXiv:2505.01618, muP (Tensor Programs V) arXiv:2203.03466, Su
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
-from functional import causal_attention, cross_entropy, rotate, swiglu
+from functional import causal_attention, cross_entropy, gelu, rotate, swiglu
 from optimizers import make_optimizer
 
 # -----------------------------------------------------------------------------
@@ -134,7 +133,7 @@ NORMS = {
     'rmsnorm':   lambda size, gain, bias: nn.RMSNorm(size, eps=1e-5, elementwise_affine=gain),
 }
 ACTIVATIONS = {
-    'gelu':   partial(F.gelu, approximate='tanh'),  # GPT-2's own; nanoGPT uses the erf form
+    'gelu':   gelu,
     'relu':   F.relu,
     'relu2':  lambda x: F.relu(x).square(),
     'swiglu': swiglu,

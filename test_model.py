@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import metrics
 import model as model_module
 from configurator import configure
-from functional import LOGITS, causal_attention, cross_entropy, flex_alibi
+from functional import LOGITS, causal_attention, cross_entropy, flex_alibi, gelu
 from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
 from train import MODEL_KEYS, TrainConfig
 
@@ -530,6 +530,20 @@ def test_alibi_by_flex_attention_is_alibi_by_a_mask(kv_heads, monkeypatch):
     torch.testing.assert_close(compiled(q, k, v, 0.3), expected)
     assert len(graphs) == 1
     assert not torch.allclose(causal_attention(q, k, v, 0.3), expected, atol=1e-2)  # the slopes do something
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_gelu_traced_on_a_cpu_is_gpt2s(dtype, tolerance):
+    graphs = []
+    torch.compiler.reset()
+    traced = torch.compile(gelu, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    x = torch.linspace(-30, 30, 6001, dtype=dtype, requires_grad=True)
+    y, expected = traced(x), F.gelu(x, approximate='tanh')
+    assert 'sigmoid' in graphs[0].code
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    slope, other = (torch.autograd.grad(value.sum(), x)[0] for value in (y, expected))
+    torch.testing.assert_close(slope, other, rtol=10 * tolerance, atol=10 * tolerance)
+    assert torch.equal(gelu(x), expected)  # as it is where nothing is compiled
 
 
 @pytest.mark.parametrize('rows', [1, 3.5])  # of those that are computed at a time

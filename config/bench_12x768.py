@@ -9,4 +9,3 @@ batch_tokens = 2 * 512
 vocab_size = 50304
 bias = False
 tie_weights = True
-compile = False  # gains little on a CPU and takes half a minute

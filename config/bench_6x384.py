@@ -8,4 +8,3 @@ batch_tokens = 8 * 256
 vocab_size = 0
 bias = False
 tie_weights = True
-compile = False  # gains little on a CPU and takes half a minute
