@@ -116,7 +116,7 @@ def steps_of_ours(c, data, device, dtype, plain):
         optimizer = torch.optim.AdamW([group for group in groups if group['params']], c.learning_rate,
                                       (c.beta1, c.beta2), c.eps, fused=True)
     if c.compile:
-        for part in parallel.to_compile(model, sharded=False):
+        for part in parallel.to_compile(model, device.type):
             part.compile(dynamic=False)
 
     def take(losses):

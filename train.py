@@ -361,7 +361,7 @@ def run(config, stop, at_end):
     if c.recompute:
         parallel.recompute(model)
     if c.compile and not reason:
-        for part in parallel.to_compile(model, sharded):
+        for part in parallel.to_compile(model, device.type, sharded, c.recompute):
             part.compile(dynamic=False)
     if sharded:
         parallel.shard(model, c.parallel, device, dtype)
