@@ -74,6 +74,7 @@ def tokenised(documents, tokenizer, workers):
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
+        pool._call_queue._reader.close()  # or what writes to it waits for ever, before Python 3.11.5: cpython#94777
         raise UserError('a process that tokenised was killed, maybe for lack of memory: give fewer --workers') from None
     finally:
         pool.shutdown(cancel_futures=True)
