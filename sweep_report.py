@@ -6,6 +6,7 @@ over the fixed validation tokens at the end of the schedule; infinity for a run 
 """
 import csv
 import math
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -279,7 +280,8 @@ class Report:
         if not finite:
             return None
         # the minima are what matters: a few runs that barely learned would flatten them
-        low, high = min(finite), np.quantile(finite, 0.9)
+        minima = [min(map(mean, curve.values())) for of in panels.values() for curve in of.values()]
+        low, high = min(finite), max(np.quantile(finite, 0.9), *(y for y in minima if y < math.inf))
         bottom, top = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
         across = min(len(panels), 5)
         down = -(-len(panels) // across)
@@ -288,6 +290,7 @@ class Report:
         for panel in axes.flat[len(panels):]:
             panel.set_visible(False)
         for panel, (title, of) in zip(axes.flat, panels.items()):
+            title = textwrap.fill(title, 40)
             colors = pyplot.get_cmap('viridis')(np.linspace(0, 0.88, max(1, len(of))))
             for color, (shape, curve) in zip(colors, of.items()):
                 xs = [scale(value, values) for value in curve]
