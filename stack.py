@@ -36,8 +36,8 @@ def why_not_stack(config):
     dtype = pick_dtype(config.dtype, device)
     if config.qk_norm:
         return 'a norm after the query takes the multiplier of the logits out again'
-    if config.optimizer == 'muon':
-        return 'Muon rounds to bfloat16, which makes other losses of sums in another order'
+    if config.optimizer in ('lion', 'muon'):
+        return f'{config.optimizer} takes signs or rounds to bfloat16: sums in another order make other steps'
     if config.skip_grad_norm:
         return 'a step is left out by the norm of one run'
     if config.dropout:

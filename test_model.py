@@ -451,6 +451,12 @@ def test_zero_init():
     assert model.transformer.h[0].attn.c_attn.weight[:32].any() and model.lm_head.weight.any()
 
 
+def test_zero_queries_go_with_any_multiplier_of_their_logits():
+    models = [make(zero_init_query=True, attn_mult=mult) for mult in (0.5, 8.0)]
+    first, second = (train_steps(model, make_optimizer(model), 4) for model in models)
+    assert first[0] == second[0] and first[3] != second[3]  # logits are zero, whatever multiplies them, until they move
+
+
 def test_counts_of_variants():
     """By hand, for N = 32: c_attn 3 N^2, the MLP 8 N^2."""
     def differ(**variant):

@@ -61,26 +61,26 @@ def tensors_of(out_dir):
     return checkpoint.load_model(out_dir)[0].state_dict()
 
 
-def assert_same_curve(a, b):
-    """Rows and weights of two runs, up to the order in which floats are added."""
+def assert_same_curve(a, b, rounding=1):
+    """Rows and weights of two runs, up to the order in which floats are added, `rounding` times what is usual."""
     rows, others = metrics.read(a), metrics.read(b)
     assert [row['step'] for row in rows] == [row['step'] for row in others]
     for row, other in zip(rows, others):
         for key in ('loss', 'grad_norm', 'val_loss'):
             assert bool(row[key]) == bool(other[key])
             if row[key]:
-                assert float(other[key]) == pytest.approx(float(row[key]), rel=1e-4), (row['step'], key)
+                assert float(other[key]) == pytest.approx(float(row[key]), rel=1e-4 * rounding), (row['step'], key)
     mine, theirs = tensors_of(a), tensors_of(b)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3 * rounding, atol=1e-4 * rounding)
 
 
 SUPAR = dict(parameterization='completep_supar', density=0.5)
 
 
 @pytest.mark.parametrize('kind, changes', [
-    ('ddp', dict(parameterization='completep')), ('ddp', SUPAR),
+    ('ddp', dict(parameterization='completep')), ('ddp', SUPAR), ('ddp', dict(optimizer='muon')),
     ('fsdp', dict(optimizer='sgd', qk_norm=True, norm='rmsnorm', n_kv_head=1, pos='rope', activation='relu2')),
     ('fsdp', dict(tie_weights=True, recompute=True, **SUPAR))])
 def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
@@ -91,7 +91,7 @@ def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
     assert f'8 sequences of 16 = 2 process(es) x 2 micro-batch(es) x 2; 2,560 tokens on cpu, float32, {kind}' in out
     assert out.count('hidden_weight') == 1  # one process speaks
     assert min(float(row['grad_norm']) for row in metrics.read(one.out_dir) if row['grad_norm']) > 0.1  # all clipped
-    assert_same_curve(one.out_dir, two.out_dir)
+    assert_same_curve(one.out_dir, two.out_dir, rounding=200 if one.optimizer == 'muon' else 1)  # in bf16
     shards = sorted(checkpoint.find(two.out_dir)[0].glob('*.safetensors'))
     assert len(shards) == 2
     if kind == 'fsdp' and changes.get('density'):  # each holds half of a weight, its mask and its moments

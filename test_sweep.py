@@ -101,7 +101,8 @@ def test_stacked_runs_are_single_runs(tiny, changes):
 
 @pytest.mark.parametrize('changes, reason', [
     (dict(), None), (dict(dropout=0.1), 'dropout'), (dict(dtype='bfloat16'), 'bfloat16 on a CPU'),
-    (dict(qk_norm=True), 'a norm after the query'), (dict(optimizer='muon'), 'Muon'),
+    (dict(qk_norm=True), 'a norm after the query'), (dict(optimizer='muon'), 'muon takes'),
+    (dict(optimizer='lion'), 'lion takes'),
     (dict(skip_grad_norm=5.0), 'left out by the norm of one run')])
 def test_what_cannot_be_stacked_says_why(tiny, changes, reason):
     why = why_not_stack(TrainConfig(**{**tiny, **changes}))
