@@ -159,7 +159,8 @@ def contestants_of(config, bench, device, dtype):
     """(name, what bench_worker.py is to be told) of each."""
     dtype, config = str(dtype)[6:], asdict(config)
     yield 'nanoP', dict(kind='ours', config=config, dtype=dtype)
-    yield 'nanoP without its rules', dict(kind='plain', config=config, dtype=dtype)
+    if config['optimizer'] == 'adamw':
+        yield 'nanoP without its rules', dict(kind='plain', config=config, dtype=dtype)
     yield 'its products alone', dict(kind='products', config=dict(config, compile=False), dtype=dtype)
     if bench.peer:
         as_shipped = dtype if device.type == 'cuda' else 'float32'  # on a CPU nanoGPT does not autocast
@@ -406,10 +407,10 @@ def bench_sweep(config, bench):
 # -----------------------------------------------------------------------------
 
 
-def commit():
-    """The commit of this repository, with a plus if files differ from it; '' outside of git."""
+def commit(folder=HERE):
+    """The commit of the repository in `folder`, with a plus if files differ from it; '' outside of git."""
     def git(*words):
-        return subprocess.run(['git', '-C', str(HERE), *words], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True).stdout.strip()
     try:
         return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--', '*.py') else '')
     except OSError:
@@ -466,7 +467,8 @@ def main():
         device = pick_device(config.device)
         shape = {} if bench.prepare else dict(
             shape=f'{config.n_layer}x{config.n_embd}', batch_tokens=config.batch_tokens, block_size=config.block_size,
-            dtype=str(pick_dtype(config.dtype, device))[6:], compile=config.compile, peer=Path(bench.peer).name)
+            dtype=str(pick_dtype(config.dtype, device))[6:], compile=config.compile,
+            peer=f'{Path(bench.peer).name} {commit(bench.peer)}' if bench.peer else '')
         append(bench.out_csv, rows, machine=machine(device), threads=torch.get_num_threads(), **shape)
 
 

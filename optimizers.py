@@ -25,8 +25,9 @@ def orthogonalized(x, eps):
 class Muon(torch.optim.AdamW):
     """AdamW, but the parameters of groups that have `rows` are matrices stacked on each other, and take Muon's steps.
 
-    A step is lr * sqrt(d_out / d_in) times the orthogonalized momentum (arXiv:2512.05620, Table 1), of every matrix by
-    itself. torch.optim.Muon has neither: it takes a stack as one, and its factor is never below 1.
+    A step is lr * sqrt(d_out / d_in) times the orthogonalized momentum, of every matrix by itself, and eps goes with
+    the inverse of that factor (arXiv:2512.05620, Table 1). torch.optim.Muon has none of it: it takes a stack as one,
+    and its factor is never below 1.
     """
 
     @torch.no_grad()
@@ -44,7 +45,8 @@ class Muon(torch.optim.AdamW):
                 update = p.grad.lerp(state['exp_avg'].lerp_(p.grad, 1 - beta), beta)  # Nesterov's
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 for w, u in zip(p.split(rows), update.split(rows)):
-                    w.add_(orthogonalized(u, group['eps']), alpha=-group['lr'] * math.sqrt(w.size(0) / w.size(1)))
+                    size = math.sqrt(w.size(0) / w.size(1))
+                    w.add_(orthogonalized(u, group['eps'] / size), alpha=-group['lr'] * size)
         self.param_groups = [group for group in groups if 'rows' not in group]
         super().step()
         self.param_groups = groups

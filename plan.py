@@ -19,7 +19,7 @@ from functional import QUERIES
 from hardware import pick_device, pick_dtype
 from model import GPT
 from sweep import gpt_config
-from train import num_steps, split_batch, train
+from train import TrainConfig, at_length, num_steps, optimizer_of, split_batch, train
 
 UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where the dataset is not here to say
 
@@ -32,8 +32,9 @@ def activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16=False):
 
     A block keeps, in float32, the input of each norm, and as inputs of products (product_bytes each): the outputs of
     the norms, queries, keys, values, attention's output, and the MLP's hidden layer before and after its activation.
-    At the end there are the last norm's input and output, the logits, and their logarithms in float32 twice, once for
-    their gradient. In bf16 on a CPU (cpu_bf16) functional.py keeps other things.
+    Other norms, positions and activations keep more or, ReLU, less: plan() says so. At the end there are the last
+    norm's input and output, the logits, and their logarithms in float32 twice, once for their gradient. In bf16 on a
+    CPU (cpu_bf16) functional.py keeps other things.
     """
     c, p = model.config, product_bytes
     attn, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
@@ -117,6 +118,7 @@ def plan(config, bench):
     """Prints what training would need. Raises UserError for a batch that the GPUs cannot share."""
     model, vocabulary = meta_model(config)
     steps = num_steps(config, model.num_params())
+    optimizer_of(model, at_length(config, steps), 'meta')  # raises for what has no rule
     tokens = steps * config.batch_tokens
     sequences, local, micro_batches = split_batch(config, bench.gpus)
     if config.parallel == 'hsdp' and bench.gpus > bench.gpus_per_host and bench.gpus % bench.gpus_per_host:
@@ -136,6 +138,10 @@ def plan(config, bench):
     print(f'\nmemory of one GPU, {config.parallel}, bf16')
     for name, value in rows.items():
         print(f"{name:<32}{si(value, 'B')}")
+    other = [key for key in ('norm', 'qk_norm', 'activation', 'pos', 'n_kv_head')
+             if getattr(config, key) != getattr(TrainConfig, key)]
+    if other:
+        print(f"activations are the default architecture's: what differs by {', '.join(other)} is not in them")
     kept = [value for name, value in rows.items() if not name.startswith('activations')]
     print(f"{'in all':<32}{si(sum(kept) + rows['activations'], 'B')}; with --recompute=True "
           f"{si(sum(kept) + rows['activations, --recompute=True'], 'B')}")

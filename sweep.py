@@ -45,6 +45,7 @@ from sweep_report import Report, read_csv, write_csv
 from train import (
     MODEL_KEYS,
     SCHEDULES,
+    WEIGHT_DECAY_MODES,
     TrainConfig,
     at_length,
     num_steps,
@@ -239,11 +240,11 @@ class Plan:
 
 
 def cost(config, data):
-    """FLOPs of one run: what the progress bar counts. Raises UserError for an optimizer that has no rule for it."""
+    """FLOPs of one run: what the progress bar counts. Raises UserError for an optimizer or a batch without a rule."""
     with torch.device('meta'):
         model = GPT(gpt_config(config, data.vocab_size))
-    optimizer_of(model, config, 'meta')
     steps = num_steps(config, model.num_params())
+    optimizer_of(model, at_length(config, steps), 'meta')
     return model.flops_per_token() * (steps * config.batch_tokens + config.eval_tokens / 3)
 
 
@@ -301,7 +302,7 @@ def trials_of(study, *states):
 
 def distribution(key, values, log=False):
     """Optuna's description of a key; the text ones cannot grow later, so they start with all that is allowed."""
-    texts = dict(CHOICES, optimizer=OPTIMIZERS, schedule=SCHEDULES)
+    texts = dict(CHOICES, optimizer=OPTIMIZERS, schedule=SCHEDULES, weight_decay_mode=WEIGHT_DECAY_MODES)
     if isinstance(values[0], (str, bool)):
         allowed = (False, True) if isinstance(values[0], bool) else texts.get(key) or sorted(set(values))
         return optuna.distributions.CategoricalDistribution(tuple(allowed))
@@ -497,6 +498,8 @@ def run(config, overrides, plan, study, costs):
     """Starts the workers and shows their progress until they end. Raises UserError."""
     each = max(costs.values())  # for the points that a sampler has yet to choose
     planned, total = (config.trials, config.trials * each) if plan.sampled else (len(costs), sum(costs.values()))
+    where = places(config, plan.configs[0].device)
+    print(f"{len(where)} worker{'s' * (len(where) > 1)}, {where[0][1] or 'all'} thread(s) each", flush=True)
     interval_s, shown = 0.5 if sys.stderr.isatty() else 60, [0.0]
     bar = tqdm(total=round(total / 1e9), dynamic_ncols=True,
                bar_format='{l_bar}{bar}| {elapsed} gone, {remaining} left{postfix}')
@@ -512,8 +515,6 @@ def run(config, overrides, plan, study, costs):
             bar.refresh()
             shown[0] = time.monotonic()
 
-    where = places(config, plan.configs[0].device)
-    print(f"{len(where)} worker{'s' * (len(where) > 1)}, {where[0][1] or 'all'} thread(s) each")
     with bar:
         show()
         bar.initial = bar.n  # what was done before tells nothing about the time that is left

@@ -105,8 +105,12 @@ def test_the_command_and_its_errors():
         return subprocess.run([sys.executable, ROOT / 'bench.py', *args], capture_output=True, text=True)
     result = run('--plan', *DEEP, '--parallel=fsdp')
     assert result.returncode == 0 and 'in all' in result.stdout and 'with --recompute=True' in result.stdout
+    assert 'not in them' not in result.stdout
+    result = run('--plan', '--pos=rope', '--activation=swiglu')
+    assert result.returncode == 0 and 'what differs by activation, pos is not in them' in result.stdout
     for args, message in ((('--plan', '--gpus=0'), 'gpus=0 is not allowed'),
                           (('--plan', '--gpus=3'), 'which 3 processes cannot share'),
+                          (('--plan', '--optimizer=muon', '--density=0.5'), "'muon' has no rule for density=0.5"),
                           (('--plan', '--n_layer=2,4'), 'n_layer=[2, 4] is a list'),
                           (('--plan', '--n_embd=100'), 'n_embd=100 is not allowed: use a multiple of head_dim=64'),
                           (('--peer=nowhere',), "peer='nowhere' has no model.py"), (('--turns=0',), 'turns=0 is not'),

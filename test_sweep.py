@@ -84,8 +84,9 @@ def test_stacked_runs_are_single_runs(tiny, changes):
         one,
         replace(one, learning_rate=1e30, grad_clip=0.0),
         replace(one, seed=5, learning_rate=3e-2, weight_decay=0.3, init_std=0.2, mask_seed=3),
-        replace(one, parameterization='sp', attn_mult=3.0, output_mult=0.5, input_mult=4.0, grad_clip=0.3),
-        replace(one, parameterization='depth_mup', schedule='cosine', warmup_frac=0.3, beta1=0.8, beta2=0.9, eps=1e-3),
+        replace(one, parameterization='sp', attn_mult=3.0, output_mult=0.5, input_mult=4.0, grad_clip=0.3, tau_ema=0.2),
+        replace(one, parameterization='depth_mup', schedule='cosine', warmup_frac=0.3, beta1=0.8, beta2=0.9, eps=1e-3,
+                weight_decay=1e-3, weight_decay_mode='independent', base_train_tokens=100 * one.batch_tokens),
     ]
     stacked = train_stack(configs)
     for config, summary in zip(configs, stacked):
@@ -560,9 +561,12 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
             ('sp', 'layernorm', 0, 'adamw'), ('completep', 'layernorm', 0, 'muon'))]
 
 
-def test_an_optimizer_without_a_rule_ends_a_sweep_before_it_begins(sweep_main, tmp_path):
-    code, _ = sweep_main(optimizer='muon', density=[0.5, 1.0], out_dir=str(tmp_path / 'never'))
-    assert isinstance(code, UserError) and "optimizer='muon' has no rule for density=0.5" in str(code)
+@pytest.mark.parametrize('keys, message', [
+    (dict(optimizer='muon', density=[0.5, 1.0]), "optimizer='muon' has no rule for density=0.5"),
+    (dict(tokens_per_param=1.0, base_batch_tokens=4), 'beta1=0.9 has no counterpart there')])
+def test_what_has_no_rule_ends_a_sweep_before_it_begins(sweep_main, tmp_path, keys, message):
+    code, _ = sweep_main(**keys, out_dir=str(tmp_path / 'never'))
+    assert isinstance(code, UserError) and message in str(code)
     assert not (tmp_path / 'never').exists()
 
 

@@ -32,6 +32,7 @@ from model import GPT, OPTIMIZERS, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
 SCHEDULES = ('linear', 'cosine', 'constant')
+WEIGHT_DECAY_MODES = ('coupled', 'independent')
 
 
 @dataclass
@@ -136,7 +137,7 @@ class TrainConfig:
         if self.parallel not in parallel.KINDS:
             raise UserError(f"parallel='{self.parallel}' is not known: use {', '.join(parallel.KINDS)}")
         for key, choices in (('schedule', SCHEDULES), ('optimizer', OPTIMIZERS),
-                             ('weight_decay_mode', ('coupled', 'independent'))):
+                             ('weight_decay_mode', WEIGHT_DECAY_MODES)):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}='{getattr(self, key)}' is not known: use {', '.join(choices)}")
         for key, other, what in (('tau_ema', 'weight_decay', 'decay'),
