@@ -468,7 +468,7 @@ def main():
         shape = {} if bench.prepare else dict(
             shape=f'{config.n_layer}x{config.n_embd}', batch_tokens=config.batch_tokens, block_size=config.block_size,
             dtype=str(pick_dtype(config.dtype, device))[6:], compile=config.compile,
-            peer=f'{Path(bench.peer).name} {commit(bench.peer)}' if bench.peer else '')
+            peer=f'{Path(bench.peer).name} {commit(bench.peer)}'.strip() if bench.peer else '')
         append(bench.out_csv, rows, machine=machine(device), threads=torch.get_num_threads(), **shape)
 
 
