@@ -115,7 +115,7 @@ def meta_model(config):
 
 
 def plan(config, bench):
-    """Prints what training would need. Raises UserError for a batch that the GPUs cannot share."""
+    """Prints what training would need. Raises UserError for a batch that the GPUs cannot share, or without a rule."""
     model, vocabulary = meta_model(config)
     steps = num_steps(config, model.num_params())
     optimizer_of(model, at_length(config, steps), 'meta')  # raises for what has no rule

@@ -39,13 +39,12 @@ from tqdm import tqdm
 
 from configurator import UserError, check, configure, exit_on_user_error, first_line, require_at_least
 from hardware import pick_device
-from model import CHOICES, GPT, OPTIMIZERS, GPTConfig
+from model import CHOICES, GPT, GPTConfig
 from stack import stack_size, stackable, train_stack, why_not_stack
 from sweep_report import Report, read_csv, write_csv
 from train import (
     MODEL_KEYS,
-    SCHEDULES,
-    WEIGHT_DECAY_MODES,
+    TRAIN_CHOICES,
     TrainConfig,
     at_length,
     num_steps,
@@ -302,7 +301,7 @@ def trials_of(study, *states):
 
 def distribution(key, values, log=False):
     """Optuna's description of a key; the text ones cannot grow later, so they start with all that is allowed."""
-    texts = dict(CHOICES, optimizer=OPTIMIZERS, schedule=SCHEDULES, weight_decay_mode=WEIGHT_DECAY_MODES)
+    texts = {**CHOICES, **TRAIN_CHOICES}
     if isinstance(values[0], (str, bool)):
         allowed = (False, True) if isinstance(values[0], bool) else texts.get(key) or sorted(set(values))
         return optuna.distributions.CategoricalDistribution(tuple(allowed))

@@ -275,13 +275,12 @@ class Report:
         from matplotlib import pyplot
         panels = {name: self.curves(rules, axis) for name, rules in self.rules.items()}
         values = sorted({row[axis] for row in self.rows})
-        finite = [mean(losses) for of in panels.values() for curve in of.values() for losses in curve.values()
-                  if mean(losses) < math.inf]
+        lines = [list(map(mean, curve.values())) for of in panels.values() for curve in of.values()]
+        finite = [y for means in lines for y in means if y < math.inf]
         if not finite:
             return None
         # the minima are what matters: a few runs that barely learned would flatten them
-        minima = [min(map(mean, curve.values())) for of in panels.values() for curve in of.values()]
-        low, high = min(finite), max(np.quantile(finite, 0.9), *(y for y in minima if y < math.inf))
+        low, high = min(finite), max(np.quantile(finite, 0.9), *(min(ys) for ys in lines if min(ys) < math.inf))
         bottom, top = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
         across = min(len(panels), 5)
         down = -(-len(panels) // across)

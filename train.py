@@ -31,8 +31,8 @@ from hardware import keep_freed_memory, peak_flops, pick_device, pick_dtype, why
 from model import GPT, OPTIMIZERS, GPTConfig
 from sample import GPT2_NAMES, load_gpt2, print_sample
 
-SCHEDULES = ('linear', 'cosine', 'constant')
-WEIGHT_DECAY_MODES = ('coupled', 'independent')
+TRAIN_CHOICES = dict(parallel=parallel.KINDS, schedule=('linear', 'cosine', 'constant'), optimizer=OPTIMIZERS,
+                     weight_decay_mode=('coupled', 'independent'))
 
 
 @dataclass
@@ -134,10 +134,7 @@ class TrainConfig:
         if self.init_from not in ('scratch', 'resume', 'auto', *GPT2_NAMES):
             raise UserError(f"init_from='{self.init_from}' is not known: use scratch, resume, auto, "
                             f"{', '.join(GPT2_NAMES)}")
-        if self.parallel not in parallel.KINDS:
-            raise UserError(f"parallel='{self.parallel}' is not known: use {', '.join(parallel.KINDS)}")
-        for key, choices in (('schedule', SCHEDULES), ('optimizer', OPTIMIZERS),
-                             ('weight_decay_mode', WEIGHT_DECAY_MODES)):
+        for key, choices in TRAIN_CHOICES.items():
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}='{getattr(self, key)}' is not known: use {', '.join(choices)}")
         for key, other, what in (('tau_ema', 'weight_decay', 'decay'),
