@@ -1,5 +1,5 @@
 """
-Turns a command line of config files and --key=value flags into a dict of overrides for a dataclass of defaults.
+Turns a command line of config files and --key=value flags into overrides for a dataclass of defaults.
 
     python train.py config/completep_small.py --n_layer=16 --learning_rate=0.004
 
@@ -8,46 +8,23 @@ underscore are its own. It runs as code: use files you trust.
 """
 import difflib
 import inspect
-import math
 import runpy
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend: one line that says what was given, what is allowed and what to do."""
+from nanop.errors import UserError
 
 
-def require_at_least(config, **least):
-    """Raises UserError for a key of `config` that is below its least value, infinite or not a number."""
-    for key, lowest in least.items():
-        value = getattr(config, key)
-        if not lowest <= value < (2**63 if isinstance(value, int) else math.inf):  # refuses nan, too
-            raise UserError(f'{key}={value} is not allowed: use a finite value of at least {lowest}')
+def field_types(keys):
+    """{key: type} of a dataclass, or of none."""
+    return {field.name: field.type if isinstance(field.type, type) else type(field.default)
+            for field in fields(keys)} if keys else {}
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def exit_on_user_error(main, if_stopped='stopped'):
-    """Runs main() and exits, with its code if it returns one; a UserError is one line and code 2, Ctrl-C 130."""
-    try:
-        code = main()
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print(f'\n{if_stopped}', file=sys.stderr)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def check(key, value, types, where):
-    """Returns `value` as the type of the default of `key`; ints become floats. Raises UserError."""
+def typed(key, value, types, where):
+    """`value` as the type of the default of `key`; ints become floats."""
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
         hint = f"did you mean '{near[0]}'?" if near else 'see --help for all keys'
@@ -60,22 +37,22 @@ def check(key, value, types, where):
     return value
 
 
-def check_values(key, value, types, where, axes):
-    """check(), and for the keys of `axes` a list of values instead of one. Raises UserError."""
+def typed_or_list(key, value, types, where, axes):
+    """Like typed(), but a key of `axes` may hold a list of values."""
     if key not in axes or not isinstance(value, list):
-        return check(key, value, types, where)
+        return typed(key, value, types, where)
     if not value:
         raise UserError(f'{where}: {key} is an empty list; give it at least one value')
-    return [check(key, one, types, where) for one in value]
+    return [typed(key, one, types, where) for one in value]
 
 
 def read_file(path, types, axes=()):
-    """Overrides from one config file. Raises UserError."""
+    """The overrides in one config file."""
     if not Path(path).is_file():
         raise UserError(f"no file '{path}'; flags are written --key=value")
     folder = str(Path(path).resolve().parent)
     modules_before = set(sys.modules)
-    sys.path.insert(0, folder)  # so that `from completep_small import *` works in a file beside it
+    sys.path.insert(0, folder)  # so that `from completep_small import *` finds the file beside this one
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
@@ -87,7 +64,7 @@ def read_file(path, types, axes=()):
         for name in set(sys.modules) - modules_before:  # another folder may have a file of the same name
             if str(getattr(sys.modules[name], '__file__', None) or '').startswith(folder):
                 del sys.modules[name]
-    overrides = {key: check_values(key, value, types, path, axes) for key, value in names.items()
+    overrides = {key: typed_or_list(key, value, types, path, axes) for key, value in names.items()
                  if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
     if not overrides:  # YAML's `n_layer: 3`, for one, is valid Python that sets nothing
         raise UserError(f'{path}: sets no key; a config is Python, a line like n_layer = 3 for each key')
@@ -95,7 +72,7 @@ def read_file(path, types, axes=()):
 
 
 def parse(text, expected):
-    """The text of a flag as the type `expected`, or as it is where it is none: check() says what was expected."""
+    """The text of a flag as the type `expected`, or unchanged if it is not one; typed() reports what was expected."""
     if expected is bool:
         return {'true': True, 'false': False}.get(text.lower(), text)
     try:
@@ -104,34 +81,49 @@ def parse(text, expected):
         return text
 
 
-def read_flag(argument, types, axes=()):
-    """The (key, value) of one --key=value; for the keys of `axes` also --key=value,value. Raises UserError."""
+def read_flag(argument, types, axes=(), switches=()):
+    """(key, value) of one --key=value. A key of `axes` may have several values, a,b; a switch needs none."""
     key, equals, text = argument[2:].partition('=')
+    if not equals and key in switches:
+        return key, True
     if not equals:
         raise UserError(f"'{argument}' has no value; write {argument}=VALUE")
     values = [parse(part, types.get(key, str)) for part in (text.split(',') if key in axes else [text])]
-    return key, check_values(key, values if len(values) > 1 else values[0], types, f"'{argument}'", axes)
+    return key, typed_or_list(key, values if len(values) > 1 else values[0], types, f"'{argument}'", axes)
 
 
-def configure(defaults, argv, axes=None):
-    """Overrides of the dataclass `defaults` from the arguments `argv`; --help prints its source, which is the manual.
+def print_help(defaults):
+    """The manual of a script: its docstring, then the source of its keys."""
+    print(inspect.getsource(sys.modules[defaults.__module__]).split('"""')[1].strip() + '\n')
+    for keys in defaults.__mro__[::-1]:
+        if is_dataclass(keys):
+            print(inspect.getsource(keys).split('\n    def __post_init__')[0] + '\n')
 
-    `axes` is a second dataclass, whose keys are known too and may hold a list of values. Raises UserError for whatever
-    it cannot use.
+
+def configure(defaults, argv, axes=None, switches=()):
+    """The overrides of the dataclass `defaults` on a command line; --help prints the manual and exits.
+
+    `axes` is a second dataclass, whose keys may hold lists of values. `switches` are bool keys that a bare --key sets.
     """
-    types, more = ({field.name: field.type if isinstance(field.type, type) else type(field.default)
-                    for field in fields(keys)} if keys else {} for keys in (defaults, axes))
-    axes = more.keys() - types.keys()
-    types |= more
+    types, more = field_types(defaults), field_types(axes)
+    listed = more.keys() - types.keys()
+    types = more | types
     overrides = {}
     for argument in argv:
         if argument in ('-h', '--help'):
-            print(inspect.getsource(sys.modules[defaults.__module__]).split('"""')[1].strip() + '\n')
-            print(inspect.getsource(defaults).split('    def __post_init__')[0])
+            print_help(defaults)
             sys.exit(0)
         if argument.startswith('--'):
-            key, value = read_flag(argument, types, axes)
+            key, value = read_flag(argument, types, listed, switches)
             overrides[key] = value
         else:
-            overrides.update(read_file(argument, types, axes))
+            overrides.update(read_file(argument, types, listed))
     return overrides
+
+
+def configure_both(own, other, argv, switches=()):
+    """(overrides of the script's `own` dataclass, overrides of the `other` one, whose keys may hold lists)."""
+    overrides = configure(own, argv, axes=other, switches=switches)
+    mine = field_types(own)
+    return ({key: value for key, value in overrides.items() if key in mine},
+            {key: value for key, value in overrides.items() if key not in mine})

@@ -37,8 +37,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from configurator import UserError, configure, exit_on_user_error, require_at_least
-from hardware import pick_device, pick_dtype
+from configurator import configure
+from nanop.errors import UserError, exit_on_user_error, require_at_least
+from nanop.machine import pick_device, pick_dtype
 from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
 from train import MODEL_KEYS, open_dataset, optimizer_of, split_batch, update
 

@@ -5,20 +5,18 @@ Sample from a trained model, or from GPT-2.
     python sample.py --out_dir=out/completep_small --start=FILE:prompt.txt --num_samples=3
     python sample.py --init_from=gpt2 --start='The secret of good advice is'
 """
-import codecs
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-import checkpoint
-from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
-from hardware import pick_device, pick_dtype
-from model import GPT
-from tokenizer import get_tokenizer, prompt_ids
-
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+from configurator import configure
+from model import GPT, GPTConfig
+from nanop import checkpoint
+from nanop.errors import UserError, exit_on_user_error, require_values
+from nanop.huggingface import GPT2_NAMES, load_gpt2
+from nanop.machine import set_up
+from nanop.sampling import print_sample
+from nanop.tokenizer import get_tokenizer
 
 
 @dataclass
@@ -29,46 +27,24 @@ class SampleConfig:
     num_samples: int = 1
     max_new_tokens: int = 500
     temperature: float = 0.8       # 0: always the likeliest token; 1: as the model predicts
-    top_k: int = 200               # only the likeliest top_k tokens; 0: all
+    top_k: int = 200               # sample from the likeliest top_k tokens only; 0: from all
     seed: int = 1337
     device: str = 'auto'
     dtype: str = 'auto'
 
     def __post_init__(self):
-        require_at_least(self, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
-        if self.init_from not in ('resume', *GPT2_NAMES):
-            raise UserError(f"init_from='{self.init_from}' is not known: use resume, {', '.join(GPT2_NAMES)}")
-
-
-def load_gpt2(name, **options):
-    """GPT.from_pretrained with errors for users. Raises UserError."""
-    try:
-        return GPT.from_pretrained(name, **options)
-    except ImportError:
-        raise UserError(f"init_from='{name}' needs transformers: pip install transformers") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from='{name}': {first_line(error)}") from None
+        require_values(self, choices=dict(init_from=('resume', *GPT2_NAMES)), at_least=dict(
+            num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0))
 
 
 def load(config):
-    """(model, tokenizer) on the CPU. Raises UserError."""
+    """(model, tokenizer) on the CPU."""
     if config.init_from in GPT2_NAMES:
-        return load_gpt2(config.init_from), get_tokenizer('gpt2')
-    model, state = checkpoint.load_model(config.out_dir)
+        model_config, weights = load_gpt2(config.init_from)
+        return GPT.from_weights(GPTConfig(**model_config), weights), get_tokenizer('gpt2')
+    weights, state = checkpoint.load_weights(config.out_dir)
+    model = GPT.from_weights(GPTConfig(**state['model_config']), weights)
     return model, get_tokenizer(state['meta']['tokenizer'], state['meta'].get('chars'))
-
-
-def print_sample(model, tokenizer, start, max_new_tokens, temperature=0.8, top_k=200, seed=1337, dtype=torch.float32):
-    """Prints `start`, or nothing, and max_new_tokens tokens as they come. Raises UserError for unknown characters."""
-    device = next(model.parameters()).device
-    prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span several tokens
-    print(start, end='', flush=True)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for token in model.stream(prompt, max_new_tokens, temperature, top_k, generator):
-            print(decoder.decode(tokenizer.token_bytes(token.item())), end='', flush=True)
-    print(decoder.decode(b'', final=True))
 
 
 def main():
@@ -79,14 +55,13 @@ def main():
             start = Path(start[5:]).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"start='{start}' cannot be read: {error}") from None
-    device = pick_device(c.device)
-    dtype = pick_dtype(c.dtype, device)
+    machine = set_up(c.device, c.dtype)
     model, tokenizer = load(c)
-    model.to(device).eval()
+    model.to(machine.device).eval()
     for number in range(c.num_samples):
         if c.num_samples > 1:
             print(f'--- sample {number + 1}')
-        print_sample(model, tokenizer, start, c.max_new_tokens, c.temperature, c.top_k, c.seed + number, dtype)
+        print_sample(model, tokenizer, start, c.max_new_tokens, c.temperature, c.top_k, c.seed + number, machine.dtype)
 
 
 if __name__ == '__main__':

@@ -37,11 +37,12 @@ from optuna.storages._heartbeat import get_heartbeat_thread, is_heartbeat_enable
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from configurator import UserError, check, configure, exit_on_user_error, first_line, require_at_least
-from hardware import pick_device
+from configurator import check, configure
+from nanop.errors import UserError, exit_on_user_error, first_line, require_at_least
+from nanop.machine import pick_device
 from model import CHOICES, GPT, GPTConfig
-from stack import stack_size, stackable, train_stack, why_not_stack
-from sweep_report import Report, read_csv, write_csv
+from tools.stack import stack_size, stackable, train_stack, why_not_stack
+from tools.sweep_report import Report, read_csv, write_csv
 from train import (
     MODEL_KEYS,
     TRAIN_CHOICES,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import metrics
+from nanop import run_log
 import model as model_module
 from configurator import configure
-from functional import LOGITS, causal_attention, cross_entropy, flex_alibi, gelu
+from nanop.layers import LOGITS, causal_attention, cross_entropy, flex_alibi, gelu
 from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
 from train import MODEL_KEYS, TrainConfig
 
@@ -238,12 +238,12 @@ def test_exact_hyperparameters_per_tensor():
 
 def test_describe_shows_what_the_optimizer_has():
     model = make(n_layer=8, n_embd=128, parameterization='completep')
-    lines = metrics.describe(model, make_optimizer(model)).splitlines()
+    lines = run_log.describe(model, make_optimizer(model)).splitlines()
     row = next(line for line in lines if line.startswith('hidden_weight')).split()
     assert row == ['hidden_weight', f'{8 * 7 * 128 * 128:,}', '0.01', '0.0025', '0.4', '0.001', '6.25e-10', '1']
     assert [line.split()[0] for line in lines[1:]] == [role for role in model.config.rules if role != 'qk_norm']
     bare = make(qk_norm=True, norm_gain=False, bias=False, tie_weights=True)
-    shown = [line.split()[0] for line in metrics.describe(bare, make_optimizer(bare)).splitlines()[1:]]
+    shown = [line.split()[0] for line in run_log.describe(bare, make_optimizer(bare)).splitlines()[1:]]
     assert shown == ['embedding', 'hidden_weight', 'residual_proj', 'unembedding', 'residual_branch',
                      'attention_logits']
     assert next(line for line in lines if line.startswith('residual_branch')).split()[-1] == '0.25'
@@ -252,7 +252,7 @@ def test_describe_shows_what_the_optimizer_has():
             ('sgd', '0.01 0.04 0.025 0.01 - 1', '0 0.04 0.025 0.01 - 0.25'),
             ('muon', '0.01 0.05 0.02 0.001 2.5e-09 1', '0 0.01 0.1 0.001 2.5e-09 0.25')):
         optimizer = other.configure_optimizers(0.1, 0.01, (0.9, 0.95), 1e-8, 'cpu', name, 5.0)
-        shown = {line.split()[0]: line.split()[2:] for line in metrics.describe(other, optimizer).splitlines()}
+        shown = {line.split()[0]: line.split()[2:] for line in run_log.describe(other, optimizer).splitlines()}
         assert (shown['hidden_weight'], shown['unembedding']) == (hidden.split(), unembedding.split()), name
 
 

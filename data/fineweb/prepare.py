@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import exit_on_user_error  # noqa: E402
-from write_dataset import write_parquet  # noqa: E402
+from nanop.errors import exit_on_user_error  # noqa: E402
+from nanop.write_dataset import write_parquet  # noqa: E402
 
 if __name__ == '__main__':
     repo, revision = 'HuggingFaceFW/fineweb', '9bb295ddab0e05d785b879661af7260fed5140fc'

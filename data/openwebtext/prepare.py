@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import exit_on_user_error  # noqa: E402
-from write_dataset import write_parquet  # noqa: E402
+from nanop.errors import exit_on_user_error  # noqa: E402
+from nanop.write_dataset import write_parquet  # noqa: E402
 
 if __name__ == '__main__':
     repo, revision = 'Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c'

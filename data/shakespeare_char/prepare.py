@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import exit_on_user_error  # noqa: E402
-from tokenizer import CharTokenizer  # noqa: E402
-from write_dataset import write_shakespeare  # noqa: E402
+from nanop.errors import exit_on_user_error  # noqa: E402
+from nanop.tokenizer import CharTokenizer  # noqa: E402
+from nanop.write_dataset import write_shakespeare  # noqa: E402
 
 if __name__ == '__main__':
     exit_on_user_error(lambda: write_shakespeare(Path(__file__).parent, CharTokenizer.of))

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import exit_on_user_error  # noqa: E402
-from write_dataset import write_parquet  # noqa: E402
+from nanop.errors import exit_on_user_error  # noqa: E402
+from nanop.write_dataset import write_parquet  # noqa: E402
 
 if __name__ == '__main__':
     repo, revision = 'DKYoon/SlimPajama-6B', 'b5f90f419b7489cdba26fdbc8c022fcb5562f968'

@@ -11,9 +11,9 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import UserError, exit_on_user_error  # noqa: E402
-from tokenizer import ByteTokenizer  # noqa: E402
-from write_dataset import write_dataset  # noqa: E402
+from nanop.errors import UserError, exit_on_user_error  # noqa: E402
+from nanop.tokenizer import ByteTokenizer  # noqa: E402
+from nanop.write_dataset import write_dataset  # noqa: E402
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'lib-dynload'}
 GENERATED = ('_sysconfigdata', 'config-')  # beginnings of names

@@ -18,9 +18,9 @@ from glob import glob
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import UserError, exit_on_user_error  # noqa: E402
-from tokenizer import CharTokenizer, get_tokenizer  # noqa: E402
-from write_dataset import PIECE_CHARS, write_dataset  # noqa: E402
+from nanop.errors import UserError, exit_on_user_error  # noqa: E402
+from nanop.tokenizer import CharTokenizer, get_tokenizer  # noqa: E402
+from nanop.write_dataset import PIECE_CHARS, write_dataset  # noqa: E402
 
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.parquet')
 

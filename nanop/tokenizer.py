@@ -5,7 +5,7 @@ Each has encode(text) -> array of ids, token_bytes(id) -> UTF-8 bytes, vocab_siz
 """
 import numpy as np
 
-from configurator import UserError
+from nanop.errors import UserError
 
 
 class ByteTokenizer:

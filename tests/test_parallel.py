@@ -19,16 +19,16 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-import checkpoint
-import metrics
-import parallel
+from nanop import checkpoint
+from nanop import run_log
+from nanop import parallel
 import stress_faults
-from configurator import UserError
-from faults import lock
+from nanop.errors import UserError
+from nanop.files import lock
 from model import GPT, GPTConfig
 from train import TrainConfig, train
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def tensors_of(out_dir):
 
 def assert_same_curve(a, b, rounding=1):
     """Rows and weights of two runs, up to the order in which floats are added, `rounding` times what is usual."""
-    rows, others = metrics.read(a), metrics.read(b)
+    rows, others = run_log.read(a), run_log.read(b)
     assert [row['step'] for row in rows] == [row['step'] for row in others]
     for row, other in zip(rows, others):
         for key in ('loss', 'grad_norm', 'val_loss'):
@@ -90,7 +90,7 @@ def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
     out = finish(launch(two, 2))
     assert f'8 sequences of 16 = 2 process(es) x 2 micro-batch(es) x 2; 2,560 tokens on cpu, float32, {kind}' in out
     assert out.count('hidden_weight') == 1  # one process speaks
-    assert min(float(row['grad_norm']) for row in metrics.read(one.out_dir) if row['grad_norm']) > 0.1  # all clipped
+    assert min(float(row['grad_norm']) for row in run_log.read(one.out_dir) if row['grad_norm']) > 0.1  # all clipped
     assert_same_curve(one.out_dir, two.out_dir, rounding=200 if one.optimizer == 'muon' else 1)  # in bf16
     shards = sorted(checkpoint.find(two.out_dir)[0].glob('*.safetensors'))
     assert len(shards) == 2
@@ -259,7 +259,7 @@ def children(process):
 
 def wait_for_step(config, step, process):
     end = time.monotonic() + 120
-    while not any(int(row['step']) >= step for row in metrics.read(config.out_dir)):
+    while not any(int(row['step']) >= step for row in run_log.read(config.out_dir)):
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.01)
 

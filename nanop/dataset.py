@@ -1,25 +1,38 @@
 """
-A dataset is a folder of token ids, train.bin and val.bin, and meta.json that says what they are.
+A dataset is a folder of token ids, train.bin and val.bin, and meta.json that describes them.
 
-write_dataset.py writes such folders; here they are checked and read.
+nanop/write_dataset.py writes such folders; here they are checked and read.
 """
 import json
+import os
+import runpy
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from configurator import UserError
-from tokenizer import get_tokenizer
+from nanop.errors import UserError
+from nanop.tokenizer import get_tokenizer
 
-DATA_DIR = Path(__file__).resolve().parent / 'data'
+DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
+
+
+def open_dataset(name):
+    """The dataset called `name`. The embedded one, stdlib, is prepared by the first process that misses it."""
+    if name == 'stdlib' and os.environ.get('LOCAL_RANK', '0') == '0' and not (DATA_DIR / name / 'meta.json').exists():
+        print('preparing data/stdlib, the source text of the Python standard library (once)')
+        runpy.run_path(str(DATA_DIR / name / 'prepare.py'))['prepare']()
+    if dist.is_initialized():
+        dist.barrier()
+    return Dataset(name)
 
 
 class Dataset:
     """The token ids of one folder, and batches of them."""
 
     def __init__(self, name):
-        """Opens data/NAME or a folder given by its whole path. Raises UserError with what is wrong with it."""
+        """Opens data/NAME, or a folder given by its whole path, and checks it."""
         self.folder = DATA_DIR / name
         prepare = self.folder / 'prepare.py'
         again = f'run python data/{name}/prepare.py' if prepare.exists() else 'see data/text/prepare.py'
@@ -53,26 +66,26 @@ class Dataset:
         return get_tokenizer(self.tokenizer_name, self.meta.get('chars'))
 
     def train_starts(self, seed, step, num_sequences, block_size):
-        """Where the sequences of one step's global batch begin: a function of its arguments and of nothing else."""
+        """The first positions of the sequences in one step's global batch. They depend on the arguments only."""
         last = self.last_start('train', block_size)
         return np.random.default_rng((seed, step)).integers(0, last + 1, size=num_sequences)
 
     def val_starts(self, num_tokens, block_size):
-        """Where the validation sequences begin: always the same, evenly spread over val.bin, without overlap."""
+        """The first positions of the validation sequences: always the same, evenly spread, without overlap."""
         last = self.last_start('val', block_size)
         num_sequences = max(1, min(num_tokens // block_size, last // block_size + 1))
         return np.linspace(0, last, num_sequences).astype(np.int64)
 
     def last_start(self, split, block_size):
-        """Last position at which block_size inputs and their targets fit. Raises UserError if there is none."""
+        """The last position from which block_size inputs and their targets fit."""
         last = self.num_tokens[split] - block_size - 1
         if last < 0:
             raise UserError(f"'{self.folder}/{split}.bin' has {self.num_tokens[split]:,} tokens, too few for "
                             f'block_size={block_size}: use a smaller block_size or more data')
         return last
 
-    def read(self, split, start, num_tokens):
-        """`num_tokens` ids from `start` on. Raises UserError; a memory map would kill the process instead."""
+    def read_ids(self, split, start, num_tokens):
+        """`num_tokens` ids from position `start`. If the file has shrunk, a memory map would kill the process here."""
         ids, file = np.empty(num_tokens, self.dtype), self.files[split]
         try:
             file.seek(int(start) * self.dtype.itemsize)
@@ -85,8 +98,8 @@ class Dataset:
         return ids
 
     def batch(self, split, starts, block_size, device):
-        """Inputs and targets, (B, T) int64 each. Raises UserError for an id outside the vocabulary."""
-        ids = np.stack([self.read(split, start, block_size + 1) for start in starts]).astype(np.int64)
+        """Inputs and targets of the sequences that begin at `starts`, (B, T) int64 each."""
+        ids = np.stack([self.read_ids(split, start, block_size + 1) for start in starts]).astype(np.int64)
         if ids.max() >= self.real_vocab_size:
             raise UserError(f"'{self.folder}/{split}.bin' holds id {ids.max()}, outside its vocabulary of "
                             f'{self.real_vocab_size}: prepare it again')

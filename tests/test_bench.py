@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import parallel
+from nanop import parallel
 from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench, timed
-from configurator import UserError
+from nanop.errors import UserError
 from model import GPT, GPTConfig
-from plan import activation_bytes, measure, memory, meta_model, plan, si, traffic
+from tools.plan import activation_bytes, measure, memory, meta_model, plan, si, traffic
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 DEEP = [str(ROOT / 'config' / 'completep_1p5b_deep.py'), '--gpus=64', '--vocab_size=50304']
 
 

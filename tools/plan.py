@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from bench_worker import peak_memory
-from configurator import UserError
-from dataset import DATA_DIR, Dataset
-from functional import QUERIES
-from hardware import pick_device, pick_dtype
+from tools.bench_worker import peak_memory
+from nanop.errors import UserError
+from nanop.dataset import DATA_DIR, Dataset
+from nanop.layers import QUERIES
+from nanop.machine import pick_device, pick_dtype
 from model import GPT
 from sweep import gpt_config
 from train import TrainConfig, at_length, num_steps, optimizer_of, split_batch, train

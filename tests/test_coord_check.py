@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import coord_check
 import model
-from configurator import UserError, configure
+from configurator import configure
+from nanop.errors import UserError
 from coord_check import (
     AXES,
     FLAT,
@@ -30,13 +31,13 @@ from coord_check import (
     plan,
     write_csv,
 )
-from dataset import Dataset
+from nanop.dataset import Dataset
 from test_model import VARIANTS, label, skip_without_its_package
 from test_train import run
-from tokenizer import ByteTokenizer
-from write_dataset import write_dataset
+from nanop.tokenizer import ByteTokenizer
+from nanop.write_dataset import write_dataset
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(seeds=3, steps=5, block_size=32, batch_tokens=512, probe_tokens=128, widths='64,128,256', depths='2,4,8,16',
             densities='0.125,0.25,0.5,1', n_embd=64, head_dim=16, device='cpu')
 

@@ -17,12 +17,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import metrics
-from configurator import UserError, configure, exit_on_user_error, first_line, require_at_least
+from nanop import run_log
+from configurator import configure
+from nanop.errors import UserError, exit_on_user_error, first_line, require_at_least
 from stress_faults import differences, squares
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 NAMES, CABLES, ADDRESSES = ('nanop-a', 'nanop-b'), ('nanop-va', 'nanop-vb'), ('10.213.77.1', '10.213.77.2')
 
 
@@ -129,7 +130,7 @@ def stress(config):
 
     hosts = launch(cut, 29502)
     if not wait_until(lambda: have_ended(hosts) or any(int(row['step']) >= config.cut_at_step
-                                                       for row in metrics.read(cut.out_dir)), 120) or have_ended(hosts):
+                                                       for row in run_log.read(cut.out_dir)), 120) or have_ended(hosts):
         end(hosts)
         raise UserError(f'the run did not get to step {config.cut_at_step}: see {next(iter(hosts))}')
     ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'down')
@@ -138,7 +139,7 @@ def stress(config):
     def errors():
         return [line for output in hosts for line in output.read_text().splitlines() if line.startswith('error: ')]
     wait_until(lambda: len(errors()) == 2, 2 * config.timeout_s + 10)  # a checkpoint may have to time out first
-    step = int(metrics.read(cut.out_dir)[-1]['step'])
+    step = int(run_log.read(cut.out_dir)[-1]['step'])
     print(f'cut after step {step}; {time.monotonic() - cut_at:.0f} s later the hosts said\n' + '\n'.join(errors()))
     if len(errors()) != 2 or not all('lost contact' in line for line in errors()):
         found.append('no clear error on both hosts within the time-out')

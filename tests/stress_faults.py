@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import checkpoint
-import metrics
-from configurator import UserError, configure, exit_on_user_error, require_at_least
-from tokenizer import ByteTokenizer
+from nanop import checkpoint
+from nanop import run_log
+from configurator import configure
+from nanop.errors import UserError, exit_on_user_error, require_at_least
+from nanop.tokenizer import ByteTokenizer
 from train import TrainConfig, train
-from write_dataset import write_dataset
+from nanop.write_dataset import write_dataset
 
 
 @dataclass
@@ -70,7 +71,7 @@ def being_done(out_dir, eval_interval):
     """What a run that is now dead was doing, by what it left behind."""
     if list(Path(out_dir).glob('*.tmp')):
         return 'writing'
-    rows = metrics.read(out_dir)
+    rows = run_log.read(out_dir)
     return 'evaluating' if not rows or (int(rows[-1]['step']) + 1) % eval_interval == 0 else 'training'
 
 
@@ -102,7 +103,7 @@ def kill_often(config, stress):
 def differences(a, b):
     """Lines that say in what two finished runs differ: rows, weights, optimizer state."""
     found = []
-    rows = [[{key: value for key, value in row.items() if key != 'tokens_per_s'} for row in metrics.read(out_dir)]
+    rows = [[{key: value for key, value in row.items() if key != 'tokens_per_s'} for row in run_log.read(out_dir)]
             for out_dir in (a, b)]
     if rows[0] != rows[1]:
         steps = [[row['step'] for row in each] for each in rows]

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, first_line
-from tokenizer import get_tokenizer
+from nanop.errors import UserError, first_line
+from nanop.tokenizer import get_tokenizer
 
 PIECE_CHARS = 1 << 20  # work is handed out in pieces of about this size
 

@@ -1,13 +1,11 @@
 """
-Checkpoints: written in the background, whole or not at all, the last two kept, read without running any code in them.
+Checkpoints: written in the background, whole or not at all, the last two kept, and read without running code in them.
 
-A checkpoint is a folder: tensors as safetensors, a file for each process that trained, which
-torch.distributed.checkpoint writes and any number of processes can read; state.json with the rest; checksums.json. It
-has another name until all is on disk. There is no state of a random generator because a run keeps none: data order,
-dropout, init and masks are functions of seeds, step and rank (see train.py).
+A checkpoint is a folder: the tensors as safetensors, one file per training process, written by
+torch.distributed.checkpoint and readable by any number of processes; state.json with the rest; checksums.json. It is
+written under a temporary name and renamed when complete. It holds no state of a random generator, because a run has
+none: data order, dropout, init and masks are functions of the seeds, the step and the rank (see train.py).
 """
-import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,9 +22,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from configurator import UserError, first_line
-from model import GPT, GPTConfig
-from parallel import lost_contact, rank_and_world_size
+from nanop.errors import UserError, first_line
+from nanop.files import checksum, flush_folder, remove, write_atomically
+from nanop.parallel import lost_contact, rank_and_world_size
 
 KEPT = 2
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
@@ -34,57 +32,22 @@ STATE, CHECKSUMS = 'state.json', 'checksums.json'
 
 
 def find(out_dir):
-    """Checkpoints of a run, newest first, whole or damaged; none for out_dir='', a run that writes nothing."""
+    """The checkpoints of a run, newest first, whole or damaged. out_dir='', a run that writes nothing, has none."""
     return sorted((path for path in Path(out_dir).glob('ckpt_*') if path.suffix != '.tmp'), reverse=True) \
         if out_dir else []
 
 
 def cause(error):
-    """The exception behind one of DCP's."""
+    """The exception inside a CheckpointException."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
 # Writing
 
 
-def flush_folder(path):
-    """Makes what was created or renamed in a folder durable, where the system can."""
-    if hasattr(os, 'O_DIRECTORY'):
-        folder = os.open(path, os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(folder)
-        os.close(folder)
-
-
-def write_atomically(path, content):
-    """Writes bytes to a temporary file and renames it to `path` once it is safely on disk."""
-    temporary = Path(f'{path}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_folder(Path(path).parent)
-
-
-def checksum(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 class Writer(HuggingFaceStorageWriter):
-    """Writes the tensors of every process; when all have, the first adds the rest and gives the folder its name."""
+    """Writes the tensors of every rank; then rank 0 adds the state and gives the folder its name."""
 
     def __init__(self, path, state):
         super().__init__(f'{path}.tmp', save_distributed=True)
@@ -96,28 +59,28 @@ class Writer(HuggingFaceStorageWriter):
         write_atomically(folder / STATE, json.dumps(self.state, indent=1).encode())
         sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
         write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
-        if self.final.exists():  # was passed over, and the run has come here again
+        if self.final.exists():  # it was damaged, so the run went back before it and has come here again
             remove(self.final)
         os.rename(folder, self.final)
         flush_folder(self.final.parent)
-        # what is newer was passed over, too: it may be somebody's evidence
+        # a damaged checkpoint that is newer stays: somebody may want to look at it
         for old in [path for path in find(self.final.parent) if path.name <= self.final.name][KEPT:]:
             try:
                 remove(old)
-            except OSError as error:  # the new one is whole all the same
+            except OSError as error:  # the new checkpoint is complete nevertheless
                 print(f'warning: {old} could not be removed: {error}', file=sys.stderr)
 
 
 class Checkpoints:
-    """The checkpoints that one run writes; all of its processes call the same methods."""
+    """The checkpoints that one run writes. All ranks call the same methods."""
 
     def __init__(self, out_dir, timeout_s):
         self.out_dir, self.writing, self.group = Path(out_dir), None, None
-        if dist.is_initialized():  # a group of their own, because training talks while a checkpoint is written
+        if dist.is_initialized():  # its own group, because training communicates while a checkpoint is written
             self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout_s))
 
     def clean(self, step):
-        """Removes what an earlier process left half-written, and before the first step all. Raises UserError."""
+        """Remove what an earlier process left half-written; before the first step, remove all checkpoints."""
         try:
             for path in [*self.out_dir.glob('ckpt_*.tmp'), *(find(self.out_dir) if step == 0 else [])]:
                 remove(path)
@@ -125,20 +88,19 @@ class Checkpoints:
             raise UserError(f"'{path}' cannot be removed: {error}") from None
 
     def save(self, step, model, optimizer, state):
-        """Begins to write a copy of the tensors, and `state`, a dict for JSON; training can go on. Raises UserError."""
+        """Start to write a copy of the tensors and `state`, a dict for JSON. Training can go on meanwhile."""
         self.wait()
         self.path = self.out_dir / f'ckpt_{step:09d}'
         self.writing = dcp.async_save(tensors_of(model, optimizer), no_dist=self.group is None,
                                       storage_writer=Writer(self.path, {'step': step, **state}),
                                       process_group=self.group)
 
-    def check(self):
-        """Raises UserError if the checkpoint that is being written has failed."""
+    def raise_if_failed(self):
         if self.writing and self.writing.done():
             self.wait()
 
     def wait(self):
-        """Until the checkpoint that is being written is on disk. Raises UserError if it cannot be."""
+        """Wait until the checkpoint that is being written is on disk."""
         writing, self.writing = self.writing, None
         try:
             if writing:
@@ -159,7 +121,7 @@ class Checkpoints:
 def damage(path, names=None):
     """What is wrong with the checkpoint `path`, in a few words, or None if it is as it was written.
 
-    Looks into all files, or those called `names`.
+    All its files are checked, or those called `names`.
     """
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
@@ -172,7 +134,7 @@ def damage(path, names=None):
 
 
 def newest(out_dir):
-    """(path, state) of the newest checkpoint that is as it was written; says which are not. Raises UserError."""
+    """(path, state) of the newest undamaged checkpoint. Prints a warning about each damaged one."""
     paths = find(out_dir)
     for path in paths:
         problem = damage(path)
@@ -183,68 +145,60 @@ def newest(out_dir):
     raise UserError(f"{found} '{out_dir}'{' can be used' if paths else ''}: give the --out_dir of a run, or train anew")
 
 
-def peek(out_dir):
-    """The state of the newest checkpoint, its tensors unseen. Raises UserError."""
+def read_state(out_dir):
+    """The state of the newest checkpoint, without a check of its tensors."""
     for path in find(out_dir):
         if not damage(path, [STATE]):
             return json.loads((path / STATE).read_text())
-    return newest(out_dir)[1]  # says what is wrong
+    return newest(out_dir)[1]  # raises and says what is wrong
 
 
 def tensors_of(model, optimizer):
-    """The weights and masks of a model and the moments of its optimizer, by names; sharded ones stay sharded."""
+    """Weights and masks of a model and the moments of its optimizer, by name; sharded ones stay sharded."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return dict(model=model_state, optimizer=optimizer_state['state'])
 
 
-def read(path, tensors, alone=False):
-    """Fills `tensors`, as of tensors_of(), from a checkpoint; in all processes at once, or in this one `alone`.
+def load_tensors(path, tensors=None, alone=False):
+    """Fill `tensors`, as of tensors_of(), from a checkpoint, on all ranks at once or on this rank `alone`.
 
-    Raises UserError if they are not what is in there.
+    Without `tensors`, makes and returns those of the whole model, {name: tensor} on the CPU.
     """
     reader = HuggingFaceStorageReader(str(path))
     try:
-        reader.read_metadata()  # fails in one line, load() in many
+        held = reader.read_metadata().state_dict_metadata  # a damaged file fails here in one line, in load() in many
+        if tensors is None:
+            tensors = dict(model={name.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
+                                  for name, entry in held.items() if name.startswith('model.')})
         dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
-    except (CheckpointException, Exception) as error:  # DCP's own is no Exception
+    except (CheckpointException, Exception) as error:  # CheckpointException is not an Exception
         if lost_contact(cause(error)):
             raise cause(error) from None
         raise UserError(f"'{path}' cannot be read ({first_line(cause(error))}): remove it to go on from the one "
                         'before') from None
+    return tensors['model']
 
 
 def restore(path, model, optimizer):
-    """Loads weights, masks and moments; learning rate, weight decay, eps and betas stay those of `optimizer`."""
+    """Load weights, masks and moments. lr, weight decay, eps and betas stay those of `optimizer`."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    read(path, dict(model=model_state, optimizer=optimizer_state['state']))
+    load_tensors(path, dict(model=model_state, optimizer=optimizer_state['state']))
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
-def load_model(out_dir):
-    """(model, state): the model of the newest checkpoint, on the CPU and whole, however many processes trained it.
-
-    Raises UserError.
-    """
+def load_weights(out_dir):
+    """(weights, state) of the newest checkpoint: whole tensors by name on the CPU, however many processes trained."""
     path, state = newest(out_dir)
-    with torch.device('meta'):
-        model = GPT(GPTConfig(**state['model_config']))
-    weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.state_dict().items()}
-    read(path, dict(model=weights), alone=True)
-    model.load_state_dict(weights, assign=True)
-    return model, state
+    return load_tensors(path, alone=True), state
 
 
-def export(out_dir):
-    """Writes the weights of the newest checkpoint to model.safetensors, what made them in its header.
-
-    Returns (the model, the path). Raises UserError.
-    """
-    model, state = load_model(out_dir)
+def write_weights(out_dir, weights, state):
+    """Write weights to model.safetensors, with the model's config and its data in the header. Returns the path."""
     path = Path(out_dir, 'model.safetensors')
     header = {key: json.dumps(state[key]) for key in ('model_config', 'meta', 'step')}
+    content = to_safetensors({name: p.contiguous().clone() for name, p in weights.items()}, header)
     try:
-        write_atomically(path, to_safetensors({name: p.contiguous().clone() for name, p in model.state_dict().items()},
-                                              header))
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(f"'{path}' could not be written: {error}") from None
-    return model, path
+    return path

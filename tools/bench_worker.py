@@ -22,8 +22,8 @@ from types import SimpleNamespace
 
 import torch
 
-from dataset import Dataset
-from hardware import DTYPES, keep_freed_memory, pick_device, why_not_compile
+from nanop.dataset import Dataset
+from nanop.machine import DTYPES, keep_freed_memory, pick_device, why_not_compile
 
 PARTS = ('data', 'forward', 'backward', 'optimizer')
 
@@ -104,7 +104,7 @@ def our_model(c, data, device):
 
 def steps_of_ours(c, data, device, dtype, plain):
     """Yields the number of parameters, then the seconds that each part of a step took, train.py's own."""
-    import parallel
+    from nanop import parallel
     from train import optimizer_of, update
     keep_freed_memory()
     model = our_model(c, data, device)

@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from dataset import Dataset
-from hardware import pick_device, pick_dtype
+from nanop.dataset import Dataset
+from nanop.machine import pick_device, pick_dtype
 from model import GPT, GPTConfig
 from train import MODEL_KEYS, at_length, build_model, lr_fraction, num_steps, optimizer_of, split_batch
 

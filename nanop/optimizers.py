@@ -1,17 +1,17 @@
 """
-Optimizers by name. How each follows the shape of a model is in model.py: OPTIMIZERS.
+Optimizers by name. How each of them follows the shape of a model is in model.py, OPTIMIZERS.
 """
 import math
 
 import torch
 
-from configurator import UserError
+from nanop.errors import UserError
 
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # as in torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
 
 
 def orthogonalized(x, eps):
-    """(M, N) -> nearly the orthogonal matrix beside it, singular values 0.7 .. 1.2, in bf16."""
+    """The matrix x (M, N) with all its singular values moved to about 1 (0.7 to 1.2), in bf16."""
     a, b, c = NEWTON_SCHULZ
     tall = x.size(0) > x.size(1)
     y = x.bfloat16().T if tall else x.bfloat16()
@@ -23,26 +23,26 @@ def orthogonalized(x, eps):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the parameters of groups that have `rows` are matrices stacked on each other, and take Muon's steps.
+    """Muon for groups that have `rows`, AdamW for the others.
 
-    A step is lr * sqrt(d_out / d_in) times the orthogonalized momentum, of every matrix by itself, and eps goes with
-    the inverse of that factor (arXiv:2512.05620, Table 1). torch.optim.Muon has none of it: it takes a stack as one,
-    and its factor is never below 1.
+    `rows` lists for each parameter the heights of the matrices stacked in it (query, key and value, for example). Each
+    matrix is orthogonalized by itself and moves by lr * sqrt(d_out / d_in) times the result; eps is divided by that
+    factor (arXiv:2512.05620, Table 1). torch.optim.Muon treats a stack as one matrix, and its factor is at least 1.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
-        assert closure is None, 'gradients must be there already'
+        assert closure is None, 'closures are not supported'
         groups = self.param_groups
         for group in groups:
             for p, rows in zip(group['params'], group.get('rows', ())):
                 if p.grad is None:
                     continue
                 state, beta = self.state[p], group['betas'][0]
-                if not state:  # by AdamW's names, which it expects when a state is loaded
+                if not state:  # AdamW's names, which it expects when a state is loaded
                     state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p))
                 state['step'] += 1
-                update = p.grad.lerp(state['exp_avg'].lerp_(p.grad, 1 - beta), beta)  # Nesterov's
+                update = p.grad.lerp(state['exp_avg'].lerp_(p.grad, 1 - beta), beta)  # Nesterov momentum
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 for w, u in zip(p.split(rows), update.split(rows)):
                     size = math.sqrt(w.size(0) / w.size(1))
@@ -57,13 +57,13 @@ def lion(groups, learning_rate, betas):
         from lion_pytorch import Lion
     except ImportError:
         raise UserError("optimizer='lion' needs a package: pip install lion-pytorch") from None
-    return Lion(groups, learning_rate or 1.0, betas)  # it takes no 0; the groups have theirs
+    return Lion(groups, learning_rate or 1.0, betas)  # it refuses 0 here; every group has its own lr
 
 
-def make_optimizer(name, groups, learning_rate, betas, eps, fused):
-    """The optimizer called `name` of parameter groups; beta1 is the momentum of SGD and Muon. Raises UserError."""
+def optimizer_by_name(name, groups, learning_rate, betas, eps, device_type):
+    """The optimizer called `name` for these parameter groups. beta1 is the momentum of SGD and Muon."""
     return dict(
-        adamw=lambda: torch.optim.AdamW(groups, learning_rate, betas, eps, fused=fused),
+        adamw=lambda: torch.optim.AdamW(groups, learning_rate, betas, eps, fused=device_type in ('cuda', 'cpu')),
         lion=lambda: lion(groups, learning_rate, betas),
         muon=lambda: Muon(groups, learning_rate, betas, eps),
         sgd=lambda: torch.optim.SGD(groups, learning_rate, momentum=betas[0]))[name]()

@@ -14,20 +14,21 @@ import pytest
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-import checkpoint
-import dataset
-import hardware
-import parallel
+from nanop import checkpoint
+from nanop import dataset
+from nanop import machine
+from nanop import parallel
 import train as train_module
-from configurator import UserError, configure, exit_on_user_error
-from dataset import Dataset
+from configurator import configure
+from nanop.errors import UserError, exit_on_user_error
+from nanop.dataset import Dataset
 from model import GPT, GPTConfig
 from test_model import skip_without_its_package
-from tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
+from nanop.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
 from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
-from write_dataset import parquet_documents, write_dataset
+from nanop.write_dataset import parquet_documents, write_dataset
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def state_of(out_dir):
@@ -561,7 +562,7 @@ def test_every_model_key_reaches_the_model(tiny):
 
 
 def test_compiled_training_is_the_same(tiny, tmp_path):
-    if reason := hardware.why_not_compile(torch.device('cpu')):
+    if reason := machine.why_not_compile(torch.device('cpu')):
         pytest.skip(f'torch.compile does not work here: {reason}')
     train(replace(tiny, max_iters=4))
     train(replace(tiny, max_iters=4, compile=True, out_dir=str(tmp_path / 'compiled')))
@@ -574,7 +575,7 @@ def test_eager_with_a_reason_where_no_compiler_works(tiny, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError('no C++ compiler\nlong story')
     monkeypatch.setattr(torch, 'compile', broken)
-    monkeypatch.setattr(train_module, 'why_not_compile', hardware.why_not_compile.__wrapped__)  # asked once a process
+    monkeypatch.setattr(train_module, 'why_not_compile', machine.why_not_compile.__wrapped__)  # asked once a process
     assert train(replace(tiny, max_iters=1, compile=True))['steps'] == 1
     assert 'running without torch.compile: RuntimeError: no C++ compiler\n' in capsys.readouterr().out
 
@@ -590,21 +591,21 @@ def test_bf16_autocast_is_used_on_the_cpu(tiny, monkeypatch):
 def test_dtype_and_device_are_picked_or_refused(monkeypatch):
     cpu = torch.device('cpu')
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(hardware, 'cpu_has_bf16', lambda has=has: has)
-        assert hardware.pick_dtype('auto', cpu) == expected
-    assert hardware.pick_dtype('auto', torch.device('mps')) == torch.float32
+        monkeypatch.setattr(machine, 'cpu_has_bf16', lambda has=has: has)
+        assert machine.pick_dtype('auto', cpu) == expected
+    assert machine.pick_dtype('auto', torch.device('mps')) == torch.float32
     with pytest.raises(UserError, match="dtype='float16' needs the gradient scaling of a CUDA device, this is cpu"):
-        hardware.pick_dtype('float16', cpu)
+        machine.pick_dtype('float16', cpu)
     with pytest.raises(UserError, match="dtype='fp32' is not known: use auto, float32"):
-        hardware.pick_dtype('fp32', cpu)
+        machine.pick_dtype('fp32', cpu)
     with pytest.raises(UserError, match="device='gpu' does not work here"):
-        hardware.pick_device('gpu')
+        machine.pick_device('gpu')
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device='cuda' does not work here"):
-            hardware.pick_device('cuda')
-    assert hardware.peak_flops(cpu, torch.bfloat16) is None
+            machine.pick_device('cuda')
+    assert machine.peak_flops(cpu, torch.bfloat16) is None
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
-    assert hardware.pick_dtype('auto', torch.device('cuda')) == torch.float16  # bf16 only in emulation
+    assert machine.pick_dtype('auto', torch.device('cuda')) == torch.float16  # bf16 only in emulation
 
 
 def test_a_cuda_device_has_its_index(monkeypatch):
@@ -612,7 +613,7 @@ def test_a_cuda_device_has_its_index(monkeypatch):
         device = torch.device('cuda', 0)
     monkeypatch.setattr(torch, 'empty', lambda *size, device: OnTheFirst)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    assert hardware.pick_device('auto') == torch.device('cuda', 0)  # set_device refuses one without
+    assert machine.pick_device('auto') == torch.device('cuda', 0)  # set_device refuses one without
     with pytest.raises(UserError, match="device='cuda:1' is not for several processes"):
         monkeypatch.setenv('RANK', '0')
         parallel.join_processes('cuda:1', 60)
@@ -626,8 +627,8 @@ def test_a_cuda_device_has_its_index(monkeypatch):
     ('Some Future Chip', None)])
 def test_peak_flops_by_name(monkeypatch, name, flops):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    assert hardware.peak_flops(torch.device('cuda'), torch.bfloat16) == flops
-    assert hardware.peak_flops(torch.device('cuda'), torch.float32) is None
+    assert machine.peak_flops(torch.device('cuda'), torch.bfloat16) == flops
+    assert machine.peak_flops(torch.device('cuda'), torch.float32) is None
 
 
 # -----------------------------------------------------------------------------

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import write_dataset as writer
-from configurator import UserError
-from dataset import Dataset
-from tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer, prompt_ids
+from nanop import write_dataset as writer
+from nanop.errors import UserError
+from nanop.dataset import Dataset
+from nanop.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer, prompt_ids
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
 SHAKESPEARE = SHARED / 'tinyshakespeare' / 'input.txt'
 

@@ -19,16 +19,17 @@ import pytest
 import sqlalchemy
 import torch
 
-import stack
+from tools import stack
 import sweep
-from configurator import UserError, configure
+from configurator import configure
+from nanop.errors import UserError
 from model import PARAMETERIZATIONS, Block
-from stack import train_stack, why_not_stack
+from tools.stack import train_stack, why_not_stack
 from sweep import Plan, SweepConfig, digest, drawn, enqueue, open_study, trials_of
-from sweep_report import Report, compare, curve_of, optimum, read_csv, write_csv
+from tools.sweep_report import Report, compare, curve_of, optimum, read_csv, write_csv
 from train import TrainConfig, train
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 COMPLETE, RUNNING, WAITING = (getattr(optuna.trial.TrialState, name) for name in ('COMPLETE', 'RUNNING', 'WAITING'))
 
 

@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 
-from configurator import UserError
-from tokenizer import ByteTokenizer, get_tokenizer
+from nanop.errors import UserError
+from nanop.tokenizer import ByteTokenizer, get_tokenizer
 from train import TrainConfig
-from write_dataset import write_dataset
+from nanop.write_dataset import write_dataset
 
 
 @pytest.fixture(scope='session')

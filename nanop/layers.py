@@ -1,31 +1,89 @@
 """
-Attention with its positions, GELU, SwiGLU and cross-entropy.
+Layers that model.py chooses from: norms, activations, attention with its positions, cross-entropy.
 
-Attention and cross-entropy are PyTorch's own, except in bf16 on a CPU: there they are computed in pieces that stay in
-the cache, attention as plain products, which are faster than the kernel, and the loss without float32 copies of the
-logits.
+Attention and cross-entropy are PyTorch's own, except in bf16 on a CPU. There both are computed in pieces that fit the
+cache: attention as plain matrix products, the loss without a float32 copy of all logits.
 """
 import math
 
 import torch
+import torch.nn as nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-QUERIES = 128    # of attention at a time
-LOGITS = 2**19   # of cross-entropy in float32 at a time
+QUERIES = 128    # attention in pieces: queries per piece
+LOGITS = 2**19   # cross-entropy in pieces: float32 logits per piece
 
 
 def in_bf16_on_cpu(x):
     return x.device.type == 'cpu' and x.dtype == torch.bfloat16
 
 
+class SparseLinear(nn.Linear):
+    """Linear layer with a static random mask. The mask is a frozen parameter, so it is saved and sharded."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__(in_features, out_features, bias=bias)
+        self.mask = nn.Parameter(torch.ones(out_features, in_features, dtype=torch.bool), requires_grad=False)
+
+    def forward(self, x):
+        # masked weights are zero already; the product also masks their gradients, and so their optimizer steps
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+@torch.no_grad()
+def fill(tensor, values):
+    """Copy `values`, the same on every rank, into a tensor; into a sharded tensor each rank copies its own part."""
+    if isinstance(tensor, DTensor):  # src_data_rank=None: nothing is sent
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+# -----------------------------------------------------------------------------
+# Norms, activations, attention scales by name
+
+
+def gelu(x):
+    """GELU in the tanh form of GPT-2 (arXiv:1606.08415). nanoGPT uses the erf form."""
+    if torch.compiler.is_compiling() and x.device.type == 'cpu':  # (1 + tanh(u)) / 2 = sigmoid(2 u), which is cheaper
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate='tanh')
+
+
+def swiglu(x):
+    """SwiGLU (arXiv:2002.05202): SiLU of the first half times the second half, (..., 2 F) -> (..., F)."""
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
+
+
+NORMS = {
+    'layernorm': lambda size, gain, bias: nn.LayerNorm(size, elementwise_affine=gain, bias=bias),
+    'rmsnorm':   lambda size, gain, bias: nn.RMSNorm(size, eps=1e-5, elementwise_affine=gain),
+}
+ACTIVATIONS = {
+    'gelu':   gelu,
+    'relu':   F.relu,
+    'relu2':  lambda x: F.relu(x).square(),
+    'swiglu': swiglu,
+}
+ATTN_SCALES = {  # factor on Q K^T, from head_dim D, n_embd N and the rule for attention logits
+    'base':     lambda D, N, rule: rule * D ** -0.5,
+    '1/sqrt_d': lambda D, N, rule: D ** -0.5,
+    '1/d':      lambda D, N, rule: 1 / D,
+    '1/N':      lambda D, N, rule: 1 / N,
+}
+
 # -----------------------------------------------------------------------------
 # Attention
 
 
 def rotate(x, start):
-    """Rotary positions for (B, H, T, D) of tokens `start` and later, by pairs (d, d + D/2): arXiv:2104.09864."""
+    """Apply rotary positions (arXiv:2104.09864) to x (B, H, T, D), whose first token is at position `start`.
+
+    The rotated pairs are (d, d + D/2).
+    """
     T, D = x.shape[-2:]
     frequencies = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D / 2,)
     angles = torch.arange(start, start + T, device=x.device)[:, None] * frequencies  # (T, D / 2)
@@ -34,19 +92,19 @@ def rotate(x, start):
 
 
 def alibi_slopes(n_head, device):
-    """2^(-8 h / H) for h = 1 .. H: arXiv:2108.12409, here also where H is no power of two."""
+    """ALiBi slopes 2^(-8 h / H) for h = 1 .. H (arXiv:2108.12409), here for any H, not only powers of two."""
     return 2.0 ** (-8 / n_head * torch.arange(1, n_head + 1, device=device))
 
 
 def alibi_mask(n_head, T, keys, device):
-    """(H, T, keys) to add to the logits of the last T of so many positions: -slope * distance, -inf for the future."""
+    """Bias (H, T, keys) for the logits of the last T positions: -slope * distance, and -inf for the future."""
     distance = torch.arange(keys - T, keys, device=device)[:, None] - torch.arange(keys, device=device)  # (T, keys)
     mask = -alibi_slopes(n_head, device)[:, None, None] * distance
     return mask.masked_fill(distance < 0, -math.inf)
 
 
 def flex_alibi(q, k, v, scale):
-    """Attention with alibi_mask(), which is never made; for torch.compile."""
+    """Attention with the ALiBi bias, which is never stored. For compiled models on a GPU."""
     slopes = alibi_slopes(q.size(1), q.device)
     causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.size(2), k.size(2), device=q.device)
     return flex_attention(q, k, v, lambda score, b, h, i, j: score - slopes[h] * (i - j), causal, scale,
@@ -54,13 +112,13 @@ def flex_alibi(q, k, v, scale):
 
 
 def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
-    """softmax(scale Q K^T) V with every position blind to later ones: (B, H, T, D) each -> (B, H, T, D).
+    """softmax(scale Q K^T + bias) V with a causal mask: q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
 
-    A single query sees all keys: it is the last of their positions. Keys and values may have fewer heads, each then
-    serves several of the queries. `alibi` adds -slope * distance to the logits.
+    A single query is at the last position, so it sees all keys. With fewer key heads than query heads, each key head
+    serves a group of query heads. `alibi` adds the bias -slope * distance.
     """
     (H, T), (kv_heads, keys) = q.shape[1:3], k.shape[1:3]
-    assert T in (1, keys), f'{T} queries for {keys} keys: one, or as many'
+    assert T in (1, keys), f'{T} queries for {keys} keys: expected one query, or one for each key'
     if alibi and T > 1 and not dropout and q.is_cuda and q.size(-1) >= 16 and torch.compiler.is_compiling():
         return flex_alibi(q, k, v, scale)
     if alibi:
@@ -76,9 +134,11 @@ def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
 
 
 class CausalProducts(torch.autograd.Function):
-    """On (N, T, D) tensors: some queries at a time with the keys up to the last of them, so that most of the upper
-    triangle is never computed. Unlike the kernel it rounds the logits to bf16 and keeps the weights, T^2 / 2 for each
-    head. The backward adds to K's and V's gradients in place; autograd's own would pad and copy.
+    """Causal attention on (N, T, D) tensors, a piece of the queries at a time.
+
+    Each piece is multiplied with the keys up to its last query only, so most of the upper triangle is never computed.
+    Unlike PyTorch's kernel this rounds the logits to bf16 and keeps the attention weights, T^2 / 2 per head. The
+    backward adds to the gradients of K and V in place, where autograd would pad and copy.
     """
 
     @staticmethod
@@ -109,25 +169,12 @@ class CausalProducts(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def gelu(x):
-    """GELU in the tanh form that GPT-2 has (arXiv:1606.08415); nanoGPT uses the erf form."""
-    if torch.compiler.is_compiling() and x.device.type == 'cpu':  # (1 + tanh(u)) / 2 is sigmoid(2 u), and cheaper
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
-    return F.gelu(x, approximate='tanh')
-
-
-def swiglu(x):
-    """(.., 2 F) -> (.., F): the second half times SiLU of the first (arXiv:2002.05202)."""
-    gate, x = x.chunk(2, dim=-1)
-    return F.silu(gate) * x
-
-
 # -----------------------------------------------------------------------------
 # Cross-entropy
 
 
 def cross_entropy(logits, targets):
-    """Logits (B, T, V) and targets (B, T) -> mean loss in nats over targets that are not -1; consumes the logits."""
+    """Mean loss in nats of logits (B, T, V) and targets (B, T). Targets of -1 are left out; the logits are used up."""
     logits, targets = logits.view(-1, logits.size(-1)), targets.reshape(-1)  # (B * T, V), (B * T,)
     if in_bf16_on_cpu(logits):
         return CrossEntropyInPlace.apply(logits, targets, torch.is_grad_enabled() and logits.requires_grad)
@@ -135,7 +182,8 @@ def cross_entropy(logits, targets):
 
 
 class CrossEntropyInPlace(torch.autograd.Function):
-    """On (N, V) and (N,): the logits' gradient takes their place, for which the product that made them has no use."""
+    """Cross-entropy on (N, V) and (N,) that overwrites the logits with their gradient; nothing else needs the logits.
+    """
 
     @staticmethod
     def forward(ctx, logits, targets, wants_grad):
@@ -153,5 +201,5 @@ class CrossEntropyInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):
         d_logits, ctx.d_logits = ctx.d_logits, None
-        assert d_logits is not None, 'a second backward through one loss: its gradient is used up'
+        assert d_logits is not None, 'second backward through one loss: its gradient has been used up'
         return d_logits.mul_(d_loss), None, None

@@ -1,0 +1,51 @@
+"""
+Errors for users, and the checks that raise them.
+
+Whatever a user can mend raises UserError, anywhere in this repository: one line that says what was given, what is
+allowed and what to do. Scripts print it and exit with code 2.
+"""
+import math
+import sys
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, in one line."""
+
+
+def first_line(error):
+    """The first line of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require(config, key, ok, use):
+    """Refuse config.key unless `ok`; `use` says what to do instead."""
+    if not ok:
+        raise UserError(f'{key}={getattr(config, key)!r} is not allowed: {use}')
+
+
+def require_values(config, at_least={}, fractions=(), below_one=(), choices={}):
+    """Refuse a config with a key below its least value, infinite or nan; outside [0, 1], or [0, 1) for the keys of
+    `below_one`; or not among its choices."""
+    for key, lowest in at_least.items():
+        value = getattr(config, key)
+        ok = lowest <= value < (2**63 if isinstance(value, int) else math.inf)  # False for nan
+        require(config, key, ok, f'use a finite value of at least {lowest}')
+    for key in fractions:
+        require(config, key, 0 <= getattr(config, key) <= 1, 'use a value in [0, 1]')
+    for key in below_one:
+        require(config, key, 0 <= getattr(config, key) < 1, 'use a value in [0, 1)')
+    for key, allowed in choices.items():
+        require(config, key, getattr(config, key) in allowed, f"use one of {', '.join(allowed)}")
+
+
+def exit_on_user_error(main, if_stopped='stopped'):
+    """Run main() and exit with the code it returns; with 2 and one line after a UserError; with 130 after Ctrl-C."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f'\n{if_stopped}', file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

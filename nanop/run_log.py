@@ -1,0 +1,231 @@
+"""
+What a run reports: the table of rules, a progress bar or lines on the terminal, metrics.csv, summary.json, loss.png
+and, on request, Weights & Biases. And the signals that stop a run.
+"""
+import csv
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanop import plots
+from nanop.errors import UserError
+from nanop.files import read_csv, write_atomically, write_rows
+from nanop.machine import flops_per_token, peak_flops
+from nanop.parallel import rank_and_world_size
+
+NUMBER = '{:.4g}'.format
+FIELDS = ('step', 'tokens', 'loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'tokens_per_s')
+
+
+def describe(model, optimizer):
+    """The table of rules as they apply to this model and optimizer, one line per role, as text.
+
+    lr x wd is the fraction that a step takes from a weight. SGD's decay goes through its momentum, which adds it up.
+    """
+    row = '{:<17}{:>14}{:>11}{:>11}{:>13}{:>11}{:>11}{:>12}'.format
+    lines = [row('role', 'parameters', 'init std', 'lr', 'weight decay', 'lr x wd', 'eps', 'forward x')]
+    groups = {group['role']: group for group in optimizer.param_groups}
+    forward = {'embedding': model.input_mult, 'unembedding': model.output_mult,
+               'attention_logits': model.transformer.h[0].attn.logit_mult}
+    for role, rule in model.config.rules.items():
+        values = ['-'] * 6
+        if role in groups:
+            g = groups[role]
+            decay = g['lr'] * g['weight_decay'] / (1 - g.get('momentum', 0))
+            values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(model.config.init_std * rule.init_std),
+                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(decay),
+                      NUMBER(g['eps']) if 'eps' in g else '-']
+        elif role == 'unembedding':  # tied: the tensor counts as the embedding's
+            values[0] = '0'
+        elif rule.init_std is not None:  # this model has no such parameters: no biases, gains or QK norms
+            continue
+        lines.append(row(role, *values, NUMBER(forward.get(role, rule.forward))))
+    return '\n'.join(lines)
+
+
+def startup_text(config, rates, steps, batch_size, world_size, model, optimizer, machine):
+    """What a run says before its first step: parameters, steps, batch, derived values and the table of rules."""
+    c = config
+    sequences = c.batch_tokens // c.block_size
+    lines = [
+        f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '
+        f'{c.block_size} = {world_size} process(es) x {sequences // world_size // batch_size} micro-batch(es) x '
+        f'{batch_size}; {steps * c.batch_tokens:,} tokens on {machine.device}, {machine.dtype_name}'
+        f"{f', {c.parallel}' if world_size > 1 else ''}"]
+    if (rates.beta1, rates.learning_rate) != (c.beta1, c.learning_rate):
+        lines.append(
+            f'batch and duration differ from the base: learning_rate {rates.learning_rate:.4g}, weight_decay '
+            f'{rates.weight_decay:.4g}, eps {rates.eps:.4g}, beta1 {rates.beta1:.6g}, beta2 {rates.beta2:.6g}')
+    lines.append(f'{c.parameterization}: {c.n_layer} layers x {c.n_embd}, density {c.density:g}; base {c.base_n_layer} '
+                 f'x {c.base_n_embd}')
+    return '\n'.join([*lines, describe(model, optimizer)])
+
+
+class Throughput:
+    """Training speed since it was last read, over all ranks."""
+
+    def __init__(self, config, model, machine):
+        self.tokens_per_step = config.batch_tokens
+        peak, world_size = peak_flops(machine.device, machine.dtype), rank_and_world_size()[1]
+        self.mfu_per_token_s = flops_per_token(model) / world_size / peak if peak else None
+        self.seconds, self.steps = 0.0, 0
+
+    def start_step(self):
+        self.started = time.perf_counter()
+
+    def end_step(self):
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def read(self):
+        """dict(tokens_per_s), and the fraction of the device's peak FLOP/s as `mfu` where the peak is known."""
+        tokens_per_s = self.steps * self.tokens_per_step / self.seconds
+        self.seconds, self.steps = 0.0, 0
+        known = dict(mfu=tokens_per_s * self.mfu_per_token_s) if self.mfu_per_token_s else {}
+        return dict(tokens_per_s=tokens_per_s, **known)
+
+
+def read_metrics(out_dir):
+    """The rows of metrics.csv as dicts of text; none if there is no file."""
+    return read_csv(Path(out_dir) / 'metrics.csv')
+
+
+class Metrics:
+    """The log of a run from `first_step` to `steps`. Earlier rows of metrics.csv stay; later ones are removed."""
+
+    def __init__(self, out_dir, first_step, steps, config):
+        """Also writes config.json."""
+        self.steps, self.out_dir = steps, Path(out_dir)
+        path = self.out_dir / 'metrics.csv'
+        kept = [row for row in read_metrics(out_dir) if int(row['step']) < first_step]
+        with self.writing():
+            for name in ('summary.json', 'loss.png', 'model.safetensors'):  # of an earlier end
+                (self.out_dir / name).unlink(missing_ok=True)
+            (self.out_dir / 'config.json').write_text(json.dumps(config, indent=1))
+            text = io.StringIO(newline='')
+            write_rows(text, kept, FIELDS)
+            write_atomically(path, text.getvalue().encode())
+            self.file = open(path, 'a', newline='')
+        self.writer = csv.DictWriter(self.file, FIELDS, restval='', extrasaction='ignore')
+        self.wandb = None
+        self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
+                        disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
+
+    @contextmanager
+    def writing(self):
+        """Turn disk errors into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"out_dir='{self.out_dir}' cannot be written ({error}): the checkpoints in it are as they "
+                            'were; make room, then go on with --init_from=resume') from None
+
+    def start_wandb(self, project, name, config):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('wandb_log=True needs wandb: pip install wandb') from None
+        self.wandb = wandb.init(project=project, name=name, config=config)
+
+    def write(self, row):
+        """Add a row, a dict of FIELDS and mfu. On a terminal the losses show in the progress bar, elsewhere in a line.
+        """
+        note = f" | {row['mfu']:.1%} MFU" if 'mfu' in row else ''
+        with self.writing():
+            self.writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value
+                                  for key, value in row.items()})
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row['step'])
+        self.bar.update(row['step'] - self.bar.n)
+        if 'loss' in row:
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s{note}")
+        text = f"step {row['step']:>6}/{self.steps}"
+        if 'val_loss' in row:
+            text += f" | val loss {row['val_loss']:.4f} | {row['bits_per_byte']:.4f} bits per byte"
+        if 'loss' in row:
+            text += f" | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad norm {row['grad_norm']:.3f}" \
+                    f" | {row['tokens_per_s']:,.0f} tokens/s{note}"
+        if self.bar.disable:
+            print(text, flush=True)
+        elif 'val_loss' in row:
+            self.bar.write(text)
+
+    def flush(self):
+        """Wait until all rows are on disk."""
+        with self.writing():
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.bar.close()
+        with suppress(OSError):  # rows that could not be written have been reported
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+            self.wandb = None
+
+    def finish(self, summary, title):
+        """Close the log, write summary.json and draw loss.png. Returns the path of the plot."""
+        self.close()
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in summary.items()}  # JSON has neither infinity nor nan
+        with self.writing():
+            (self.out_dir / 'summary.json').write_text(json.dumps(finite, indent=1))
+            try:
+                return plot_losses(self.out_dir, title)
+            except UserError as error:
+                return f'none, {error}'
+
+
+def plot_losses(out_dir, title):
+    """Draw loss.png from metrics.csv and return its path."""
+    rows, path = read_metrics(out_dir), Path(out_dir) / 'loss.png'
+    with plots.figure(path, dpi=150) as (_, axes):
+        axes = axes[0, 0]
+        for key, label, style in (('loss', 'training batch', dict(color='tab:blue', alpha=0.45, linewidth=1)),
+                                  ('val_loss', 'validation', dict(color='tab:orange', marker='o', markersize=4))):
+            points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
+            if points:
+                axes.plot(*zip(*points), label=label, **style)
+            if len(points) > 40:  # let the first few steps leave at the top: they would flatten all the rest
+                axes.set_ylim(top=1.1 * points[len(points) // 40][1])
+        axes.set(xlabel='tokens', ylabel='loss (nats per token)', title=title)
+        axes.xaxis.set_major_formatter(plots.engineering())  # 1.5M instead of 1.5 and, in the corner, 1e6
+        axes.legend(frameon=False)
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Signals
+
+# Ctrl-C; the one of kill, torchrun and most schedulers; the one that SLURM sends before time is up, if asked to
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+SAME_S = 1.0  # torchrun may pass one signal on twice within this time
+
+
+class StopSignals:
+    """While entered, keeps the first stop signal in `received`, for the training loop; a second ends the process."""
+
+    def __enter__(self):
+        self.received, self.at = None, 0.0
+        self.before = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        return self
+
+    def handle(self, number, frame):
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+            print(f'\n{signal.Signals(number).name}: finishing the step, then saving; again: at once', flush=True)
+        elif time.monotonic() - self.at > SAME_S:
+            os._exit(128 + number)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
