@@ -28,11 +28,11 @@ from statistics import median
 
 import torch
 
-from tools.bench_worker import PARTS, build_peer, wait_for
 from configurator import configure
-from nanop.errors import UserError, exit_on_user_error, require_at_least
 from nanop.dataset import Dataset
+from nanop.errors import UserError, exit_on_user_error, require_at_least
 from nanop.machine import keep_freed_memory, peak_flops, pick_device, pick_dtype, why_not_compile
+from tools.bench_worker import PARTS, build_peer, wait_for
 from tools.plan import measure, meta_model, plan, si
 from tools.stack import why_not_stack
 from train import TrainConfig, build_model, split_batch

@@ -38,9 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from configurator import configure
+from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
 from nanop.errors import UserError, exit_on_user_error, require_at_least
 from nanop.machine import pick_device, pick_dtype
-from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
 from train import MODEL_KEYS, open_dataset, optimizer_of, split_batch, update
 
 # -----------------------------------------------------------------------------

@@ -38,9 +38,9 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from configurator import check, configure
+from model import CHOICES, GPT, GPTConfig
 from nanop.errors import UserError, exit_on_user_error, first_line, require_at_least
 from nanop.machine import pick_device
-from model import CHOICES, GPT, GPTConfig
 from tools.stack import stack_size, stackable, train_stack, why_not_stack
 from tools.sweep_report import Report, read_csv, write_csv
 from train import (

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanop import run_log
 import model as model_module
 from configurator import configure
-from nanop.layers import LOGITS, causal_attention, cross_entropy, flex_alibi, gelu
 from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
+from nanop import run_log
+from nanop.layers import LOGITS, causal_attention, cross_entropy, flex_alibi, gelu
 from train import MODEL_KEYS, TrainConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_embd=32, head_dim=16,

@@ -4,8 +4,8 @@ import pytest
 
 from nanop.errors import UserError
 from nanop.tokenizer import ByteTokenizer, get_tokenizer
-from train import TrainConfig
 from nanop.write_dataset import write_dataset
+from train import TrainConfig
 
 
 @pytest.fixture(scope='session')

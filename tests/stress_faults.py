@@ -22,13 +22,12 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from nanop import checkpoint
-from nanop import run_log
 from configurator import configure
+from nanop import checkpoint, run_log
 from nanop.errors import UserError, exit_on_user_error, require_at_least
 from nanop.tokenizer import ByteTokenizer
-from train import TrainConfig, train
 from nanop.write_dataset import write_dataset
+from train import TrainConfig, train
 
 
 @dataclass

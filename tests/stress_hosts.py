@@ -17,10 +17,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nanop import run_log
-from configurator import configure
-from nanop.errors import UserError, exit_on_user_error, first_line, require_at_least
 from stress_faults import differences, squares
+
+from configurator import configure
+from nanop import run_log
+from nanop.errors import UserError, exit_on_user_error, first_line, require_at_least
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanop import parallel
 from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench, timed
-from nanop.errors import UserError
 from model import GPT, GPTConfig
+from nanop import parallel
+from nanop.errors import UserError
 from tools.plan import activation_bytes, measure, memory, meta_model, plan, si, traffic
 from train import TrainConfig
 

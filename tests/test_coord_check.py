@@ -11,11 +11,11 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import run
 
 import coord_check
 import model
 from configurator import configure
-from nanop.errors import UserError
 from coord_check import (
     AXES,
     FLAT,
@@ -32,10 +32,10 @@ from coord_check import (
     write_csv,
 )
 from nanop.dataset import Dataset
-from test_model import VARIANTS, label, skip_without_its_package
-from test_train import run
+from nanop.errors import UserError
 from nanop.tokenizer import ByteTokenizer
 from nanop.write_dataset import write_dataset
+from test_model import VARIANTS, label, skip_without_its_package
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(seeds=3, steps=5, block_size=32, batch_tokens=512, probe_tokens=128, widths='64,128,256', depths='2,4,8,16',

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from nanop import write_dataset as writer
-from nanop.errors import UserError
 from nanop.dataset import Dataset
+from nanop.errors import UserError
 from nanop.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer, prompt_ids
 
 ROOT = Path(__file__).resolve().parents[1]

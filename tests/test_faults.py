@@ -12,16 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import stress_faults
 import torch
 
-from nanop import checkpoint
-from nanop import dataset
-from nanop import files
-from nanop import run_log
-import stress_faults
+from model import GPT
+from nanop import checkpoint, dataset, run_log
 from nanop.errors import UserError
 from nanop.files import StopSignals, lock
-from model import GPT
 from train import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,13 +16,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanop import checkpoint
 import sample
-from nanop.errors import UserError
+from nanop import checkpoint
 from nanop.dataset import Dataset
+from nanop.errors import UserError
 from nanop.tokenizer import ByteTokenizer
-from train import TrainConfig, read_config, train
 from nanop.write_dataset import write_dataset
+from train import TrainConfig, read_config, train
 
 MANY = settings(max_examples=int(os.environ.get('FUZZ_EXAMPLES', 30)), deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanop.errors import UserError
 from model import GPT, OPTIMIZERS, GPTConfig, Rule
+from nanop.errors import UserError
 from nanop.optimizers import Muon, orthogonalized
 from test_model import TINY, make, skip_without_its_package, train_steps
 from train import TrainConfig, at_length, num_steps, train

@@ -14,18 +14,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import stress_faults
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-from nanop import checkpoint
-from nanop import run_log
-from nanop import parallel
-import stress_faults
+from model import GPT, GPTConfig
+from nanop import checkpoint, parallel, run_log
 from nanop.errors import UserError
 from nanop.files import lock
-from model import GPT, GPTConfig
 from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,13 +19,13 @@ import pytest
 import sqlalchemy
 import torch
 
-from tools import stack
 import sweep
 from configurator import configure
-from nanop.errors import UserError
 from model import PARAMETERIZATIONS, Block
-from tools.stack import train_stack, why_not_stack
+from nanop.errors import UserError
 from sweep import Plan, SweepConfig, digest, drawn, enqueue, open_study, trials_of
+from tools import stack
+from tools.stack import train_stack, why_not_stack
 from tools.sweep_report import Report, compare, curve_of, optimum, read_csv, write_csv
 from train import TrainConfig, train
 

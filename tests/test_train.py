@@ -14,19 +14,16 @@ import pytest
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from nanop import checkpoint
-from nanop import dataset
-from nanop import machine
-from nanop import parallel
 import train as train_module
 from configurator import configure
-from nanop.errors import UserError, exit_on_user_error
-from nanop.dataset import Dataset
 from model import GPT, GPTConfig
-from test_model import skip_without_its_package
+from nanop import checkpoint, dataset, machine, parallel
+from nanop.dataset import Dataset
+from nanop.errors import UserError, exit_on_user_error
 from nanop.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
-from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
 from nanop.write_dataset import parquet_documents, write_dataset
+from test_model import skip_without_its_package
+from train import MODEL_KEYS, TrainConfig, lr_fraction, split_batch, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

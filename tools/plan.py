@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from tools.bench_worker import peak_memory
-from nanop.errors import UserError
+from model import GPT
 from nanop.dataset import DATA_DIR, Dataset
+from nanop.errors import UserError
 from nanop.layers import QUERIES
 from nanop.machine import pick_device, pick_dtype
-from model import GPT
 from sweep import gpt_config
+from tools.bench_worker import peak_memory
 from train import TrainConfig, at_length, num_steps, optimizer_of, split_batch, train
 
 UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where the dataset is not here to say

@@ -14,9 +14,9 @@ from dataclasses import asdict, replace
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
+from model import GPT, GPTConfig
 from nanop.dataset import Dataset
 from nanop.machine import pick_device, pick_dtype
-from model import GPT, GPTConfig
 from train import MODEL_KEYS, at_length, build_model, lr_fraction, num_steps, optimizer_of, split_batch
 
 DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2', 'eps', 'grad_clip', 'init_std',
