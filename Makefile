@@ -1,11 +1,14 @@
-# make demo: train a small model and sample from it, in minutes on a laptop CPU
-# make test: ruff and pytest
+# make demo      train a small model and sample from it, in minutes on a laptop CPU
+# make test      ruff and the tests, in minutes
+# make test-all  all of them: more seeds, more fuzz examples, many kills
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/completep_small
 FLAGS ?=
+# one process per core, one thread each
+TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist=worksteal
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python data/stdlib/prepare.py
@@ -15,7 +18,11 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q
+	$(TEST) -m "not slow" --durations=10
+
+test-all: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	FUZZ_EXAMPLES=300 $(TEST)
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +35,4 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache build nanop.egg-info __pycache__ */__pycache__

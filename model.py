@@ -255,7 +255,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads of q, k and v, T, D)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
-        if self.q_norm:  # autocast made q and k bf16; normalise them in float32 like the residual stream
+        if self.q_norm:  # autocast made q and k bf16; normalize them in float32 like the residual stream
             wide = torch.promote_types(q.dtype, torch.float32)
             q, k = self.q_norm(q.to(wide)).to(q.dtype), self.k_norm(k.to(wide)).to(q.dtype)
         if self.pos == 'rope':
@@ -334,7 +334,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Draw all weights and masks, in the order of their names. Nothing else initialises."""
+        """Draw all weights and masks, in the order of their names. Nothing else initializes."""
         self.tie()  # to_empty() unties
         c, rules = self.config, self.config.rules
         for name, p in self.weights():

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One training run on several machines: sbatch slurm.sh config/completep_1p5b_deep.py --parallel=hsdp
-# Two minutes before its time is up it saves, leaves, and is queued again, to go on from there. Raise the 120 seconds
-# if a step, a validation and a checkpoint take longer.
+# Two minutes before the time limit the run saves and stops, and the job is queued again to resume from there. Raise the
+# 120 seconds if a step, a validation and a checkpoint take longer.
 #SBATCH --job-name=nanoP
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -20,6 +20,6 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   train.py "$@" --init_from=auto &
 run=$!
-wait $run  # until it ends or the signal comes
+wait $run  # returns when the run ends or the signal arrives
 [ -n "$time_is_up" ] && wait $run && echo 'finished after all' && exit
 [ -n "$time_is_up" ] && scontrol requeue "$SLURM_JOB_ID"

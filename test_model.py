@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import model as model_module
 from configurator import configure
-from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, SparseLinear, role_of
+from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
 from nanop import run_log
-from nanop.layers import LOGITS, causal_attention, cross_entropy, flex_alibi, gelu
-from train import MODEL_KEYS, TrainConfig
+from nanop.huggingface import load_gpt2
+from nanop.layers import LOGITS, SparseLinear, causal_attention, cross_entropy, flex_alibi, gelu
+from nanop.machine import flops_per_token
+from train import TrainConfig
 
+ROOT = Path(__file__).resolve().parent
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_embd=32, head_dim=16,
                  base_n_layer=2, base_n_embd=32, base_head_dim=16)
 SAME_AT_BASE = ['sp', 'mup', 'depth_mup', 'completep', 'supar', 'completep_supar']
@@ -462,7 +464,7 @@ def test_counts_of_variants():
     def differ(**variant):
         return make().num_params() - make(**variant).num_params()
     assert differ(pos='rope') == differ(pos='alibi') == differ(pos='none') == 16 * 32
-    assert make(pos='none').flops_per_token() == make().flops_per_token()
+    assert flops_per_token(make(pos='none')) == flops_per_token(make())
     assert differ(n_kv_head=1) == 2 * 2 * (16 * 32 + 16)  # a head of keys and one of values less, with biases
     assert differ(norm_gain=False) == 5 * 2 * 32 and differ(norm='rmsnorm') == 5 * 32
     assert differ(qk_norm=True) == -2 * 2 * 16
@@ -668,7 +670,7 @@ def test_sampling_with_cached_keys_and_values_is_sampling_without(prompt, dtype,
     model = make(init_std=0.5, **variant)
     ids, tokens = torch.randint(0, 64, (3, prompt), generator=torch.Generator().manual_seed(0)), []
     seen, features = [], model.features
-    model.features = lambda idx, caches: seen.append(idx.size(1)) or features(idx, caches)
+    model.features = lambda idx: seen.append(idx.size(1)) or features(idx)
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         cached = model.generate(ids, 20, temperature=0)
         model.features = features
@@ -701,8 +703,8 @@ def test_counts():
     """By hand, for V = 64, T = 16, N = 32, L = 2: 2VN + TN + L(12 N^2 + 13 N) + 2N."""
     assert make().num_params() == 2 * 64 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32 == 30080
     assert make(tie_weights=True).num_params() == 30080 - 64 * 32
-    assert make().flops_per_token() == 6 * (30080 - 64 * 32 - 16 * 32) + 12 * 2 * 32 * 16
-    assert make(tie_weights=True).flops_per_token() == make().flops_per_token()
+    assert flops_per_token(make()) == 6 * (30080 - 64 * 32 - 16 * 32) + 12 * 2 * 32 * 16
+    assert flops_per_token(make(tie_weights=True)) == flops_per_token(make())
 
 
 @pytest.mark.parametrize('tie_weights', [False, True])
@@ -716,7 +718,7 @@ def test_a_meta_model_can_be_filled_later(tie_weights):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(parameterization='mpu'), "parameterization='mpu' is not allowed: choose one of gpt2, sp, mup"),
+    (dict(parameterization='mpu'), "parameterization='mpu' is not allowed: use one of gpt2, sp, mup"),
     (dict(n_embd=40), 'n_embd=40 is not allowed: use a multiple of head_dim=16'),
     (dict(n_layer=0), 'n_layer=0 is not allowed: use an integer of at least 1'),
     (dict(n_layer='12'), "n_layer='12' is not allowed"),
@@ -731,17 +733,17 @@ def test_a_meta_model_can_be_filled_later(tie_weights):
     (dict(dropout=1.0), 'dropout=1.0 is not allowed'),
     (dict(init_std=-1.0), 'init_std=-1.0 is not allowed'),
     (dict(alpha=0.4), 'alpha=0.4 is not allowed: use a value in'),
-    (dict(alpha=0.5, parameterization='mup'), "does not see depth, so alpha would do nothing; leave alpha out or use "
-                                              "depth_mup, completep, completep_supar"),
+    (dict(alpha=0.5, parameterization='mup'), "ignores depth, so alpha would do nothing; leave it out or use "
+                                              "depth_mup, completep or completep_supar"),
     (dict(real_vocab_size=65), 'real_vocab_size=65 is not allowed: use 0..64'),
-    (dict(norm='batchnorm'), "norm='batchnorm' is not allowed: choose one of layernorm, rmsnorm"),
-    (dict(activation='silu'), "activation='silu' is not allowed: choose one of gelu, relu, relu2, swiglu"),
-    (dict(pos='nope'), "pos='nope' is not allowed: choose one of learned, rope, alibi, none"),
-    (dict(attn_scale='1/n'), "attn_scale='1/n' is not allowed: choose one of base, 1/sqrt_d, 1/d, 1/N"),
-    (dict(unembed_form='init'), "unembed_form='init' is not allowed: choose one of multiplier, weights"),
+    (dict(norm='batchnorm'), "norm='batchnorm' is not allowed: use one of layernorm, rmsnorm"),
+    (dict(activation='silu'), "activation='silu' is not allowed: use one of gelu, relu, relu2, swiglu"),
+    (dict(pos='nope'), "pos='nope' is not allowed: use one of learned, rope, alibi, none"),
+    (dict(attn_scale='1/n'), "attn_scale='1/n' is not allowed: use one of base, 1/sqrt_d, 1/d, 1/N"),
+    (dict(unembed_form='init'), "unembed_form='init' is not allowed: use one of multiplier, weights"),
     (dict(n_embd=96, n_kv_head=4), 'n_kv_head=4 is not allowed: use one of 1, 2, 3, 6, which divide n_head=6, or 0'),
     (dict(n_kv_head=-1), 'n_kv_head=-1 is not allowed'),
-    (dict(pos='rope', head_dim=1), "head_dim=1 is not allowed: pos='rope' rotates pairs, use an even one"),
+    (dict(pos='rope', head_dim=1), "head_dim=1 is not allowed: pos='rope' needs an even one"),
     (dict(tie_weights=True, zero_init_unembed=True), 'zero_init_unembed=True is not allowed: with tie_weights=True'),
     (dict(tie_weights=True, unembed_form='weights'), "unembed_form='weights' is not allowed: with tie_weights=True"),
 ])
@@ -766,40 +768,69 @@ def tiny_gpt2(tmp_path_factory):
     return hf, str(folder)
 
 
+def import_gpt2(name, **options):
+    config, weights = load_gpt2(name, **options)
+    return GPT.from_weights(GPTConfig(**config), weights)
+
+
 def test_gpt2_import(tiny_gpt2, tmp_path):
     hf, folder = tiny_gpt2
-    model = GPT.from_pretrained(folder).eval()
+    model = import_gpt2(folder).eval()
+    assert model.lm_head.weight is model.transformer.wte.weight  # still tied: finetuning must not part them
     idx = torch.randint(100, (3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = hf(idx).logits
         torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-        cropped = GPT.from_pretrained(folder, block_size=8).eval()
+        cropped = import_gpt2(folder, block_size=8).eval()
         torch.testing.assert_close(cropped(idx[:, :8])[0], expected[:, :8], rtol=0,
                                    atol=1e-5 * expected.abs().max().item())
     with pytest.raises(ValueError, match='block_size=64 is more than the 32 positions'):
-        GPT.from_pretrained(folder, block_size=64)
+        import_gpt2(folder, block_size=64)
     for key, value in dict(activation_function='relu', n_inner=100, layer_norm_epsilon=1e-6).items():
         other = type(hf.config)(n_layer=1, n_embd=64, n_head=4, vocab_size=10, **{key: value})
         type(hf)(other).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=f"' has {key}={value}, it must be "):
-            GPT.from_pretrained(str(tmp_path))
+            import_gpt2(str(tmp_path))
     assert model.config.n_head == 4 and model.config.parameterization == 'gpt2'
-    assert model_module.GPT.from_pretrained(folder, dropout=0.3).transformer.drop.p == 0.3
+    assert import_gpt2(folder, dropout=0.3).transformer.drop.p == 0.3
 
 
 def test_readme_points_at_the_right_lines():
-    root = Path(__file__).resolve().parent
-    lines = (root / 'model.py').read_text().splitlines()
-    links = re.findall(r'\[model\.py:(\d+)\]\(model\.py#L(\d+)\) `([^`]+)`', (root / 'README.md').read_text())
-    assert len(links) > 10
+    """docs/rules.md leads from each row of the papers' tables to its line."""
+    lines = (ROOT / 'model.py').read_text().splitlines()
+    rules = (ROOT / 'docs' / 'rules.md').read_text()
+    links = re.findall(r'\[model\.py:(\d+)\]\(\.\./model\.py#L(\d+)\) `([^`]+)`', rules)
+    assert len(links) == rules.count('model.py#L') > 10
     for shown, anchor, code in links:
         assert shown == anchor and code in lines[int(shown) - 1], (shown, code)
 
 
+COLUMNS = {'SP': 'sp', 'muP': 'mup', 'CompleteP': 'completep', 'SuPar': 'supar'}
+ROWS = {  # of the table in the README: where the factor is in the rules
+    'init std of hidden weights': ('hidden_weight', 'init_std'),
+    'learning rate of hidden weights': ('hidden_weight', 'lr'),
+    'weight decay of hidden weights': ('hidden_weight', 'weight_decay'),
+    "AdamW's eps in the blocks": ('hidden_weight', 'eps'), "AdamW's eps elsewhere": ('embedding', 'eps'),
+    'residual branches': ('residual_branch', 'forward'), 'logits': ('unembedding', 'forward')}
+
+
+def test_readme_shows_the_rules():
+    """Every cell of the README's table is evaluated and compared with scaling_rules."""
+    table = re.search(r'\n\| factor on the base value.*?\n\n', (ROOT / 'README.md').read_text(), flags=re.S).group()
+    head, _, *rows = [[cell.strip(' `') for cell in line.strip('|').split('|')] for line in table.strip().splitlines()]
+    assert head[1:] == list(COLUMNS) and [row[0] for row in rows] == list(ROWS)
+    for name, *cells in rows:
+        role, key = ROWS[name]
+        for column, cell in zip(head[1:], cells):
+            rules = replace(BIG, parameterization=COLUMNS[column]).rules
+            factor = eval(cell, dict(m_N=4, m_L=8, rho=0.25))
+            assert getattr(rules[role], key) == pytest.approx(factor, rel=1e-12), (name, column)
+
+
 def test_readme_ports_the_same_rules():
-    """The groups that the README tells others to make are the groups that we make."""
-    readme = (Path(__file__).resolve().parent / 'README.md').read_text()
-    code = textwrap.dedent(re.search(r'```python\n(.*?)```', readme, flags=re.S).group(1))
+    """The groups that docs/rules.md tells others to make are the groups that we make."""
+    rules = (ROOT / 'docs' / 'rules.md').read_text()
+    code = textwrap.dedent(re.search(r'```python\n(.*?)```', rules, flags=re.S).group(1))
     roles = dict(embeddings='embedding', block_norms='block_norm', hidden_weights='hidden_weight',
                  hidden_biases='hidden_bias', final_norm='final_norm', unembedding='unembedding')
     config = replace(BIG, parameterization='completep_supar', alpha=0.75)
@@ -816,10 +847,10 @@ def test_readme_ports_the_same_rules():
     (2, 27_311_616), (4, 28_891_136), (8, 32_050_176), (16, 38_368_256), (32, 51_004_416), (64, 76_276_736),
     (128, 126_821_376)])
 def test_the_papers_anchor_has_the_papers_sizes(n_layer, num_params):
-    path = Path(__file__).resolve().parent / 'config' / 'completep_paper_anchor.py'
+    path = ROOT / 'config' / 'completep_paper_anchor.py'
     config = TrainConfig(**configure(TrainConfig, [str(path), f'--n_layer={n_layer}']))
     with torch.device('meta'):
-        model = GPT(GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS}))
+        model = GPT(GPTConfig.of(config))
     assert model.num_params() == num_params
     assert config.batch_tokens * config.max_iters == 299_892_736
     assert (config.learning_rate, config.eps, config.init_std, config.warmup_frac, config.final_lr_frac,

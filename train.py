@@ -147,7 +147,7 @@ def rescaled(config, steps):
         largest = 1 / (1 - getattr(c, key))
         if one_minus_beta > max(1, largest * (1 - 1e-9)):
             raise UserError(f'batch_tokens is {batch_ratio:g} and the duration {duration_ratio:g} times the base: '
-                            f'{key}={getattr(c, key)} has no counterpart, their ratio must stay below {largest:g}')
+                            f'{key}={getattr(c, key)} has no counterpart there; keep their ratio below {largest:g}')
     learning_rate, weight_decay = c.learning_rate * lr, c.weight_decay * decay
     if weight_decay and c.weight_decay_mode == 'independent':
         weight_decay /= c.learning_rate
@@ -222,9 +222,8 @@ def micro_losses(replica, data, starts, batch_size, block_size, machine):
     """Yield the loss of one micro-batch after another; they add up to the mean over the sequences at `starts`."""
     for first in range(0, len(starts), batch_size):
         inputs, targets = data.batch('train', starts[first:first + batch_size], block_size, machine.device)
-        last = first + batch_size >= len(starts)
-        waits = isinstance(replica, DistributedDataParallel) and not last  # average gradients over ranks only once
-        with replica.no_sync() if waits else nullcontext():
+        syncs = first + batch_size >= len(starts) or not isinstance(replica, DistributedDataParallel)
+        with nullcontext() if syncs else replica.no_sync():  # average gradients over the ranks once, at the end
             with machine.autocast():
                 loss = replica(inputs, targets)[1] / (len(starts) // batch_size)
             yield loss  # its backward runs here, inside no_sync and outside autocast

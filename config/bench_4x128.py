@@ -1,5 +1,5 @@
-# A shape for bench.py: 4 layers x 128, with the tied weights and without the biases of nanoGPT.
-# Hardware: any CPU. Data: nanoGPT's tiny Shakespeare by characters: data/shakespeare_char/prepare.py
+# A shape for bench.py: 4 layers x 128, with tied weights and without biases, like nanoGPT.
+# Hardware: any CPU. Data: tiny Shakespeare by characters, as in nanoGPT: python data/shakespeare_char/prepare.py
 dataset = 'shakespeare_char'
 n_layer = 4
 n_embd = 128

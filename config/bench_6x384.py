@@ -1,5 +1,5 @@
-# A shape for bench.py: 6 layers x 384, with the tied weights and without the biases of nanoGPT.
-# Hardware: any CPU. Data: nanoGPT's tiny Shakespeare by characters: data/shakespeare_char/prepare.py
+# A shape for bench.py: 6 layers x 384, with tied weights and without biases, like nanoGPT.
+# Hardware: any CPU. Data: tiny Shakespeare by characters, as in nanoGPT: python data/shakespeare_char/prepare.py
 dataset = 'shakespeare_char'
 n_layer = 6
 n_embd = 384

@@ -1,4 +1,4 @@
-# GPT-2's 124M shape, 12 layers x 768, untied (163M parameters), with the base hyperparameters of the paper's anchor.
+# GPT-2's 124M shape, 12 layers x 768, untied (163M parameters), with the base hyperparameters of the paper.
 # Hardware: one GPU with 40 GB or more, or several under torchrun. Time: not measured. Loss: not measured.
 out_dir = 'out/completep_124m'
 dataset = 'fineweb'
@@ -10,7 +10,7 @@ tokens_per_param = 20.0
 n_layer = 12
 n_embd = 768
 
-# base hyperparameters: learning rate, init and eps from the paper's anchor (2 layers x 256), decay by its tau_ema
+# base hyperparameters, tuned by the paper at 2 layers x 256; its tau_ema sets the weight decay
 learning_rate = 2**-8
 init_std = 0.02
 eps = 1e-16

@@ -1,4 +1,4 @@
-# The deep 1.5B-parameter shape of arXiv:2505.01618, N=832, L=179 (N:L = 5), all else as in completep_1p5b_wide.
+# The deep 1.5B-parameter shape of arXiv:2505.01618: 179 layers x 832 (N:L = 5). The rest is as in completep_1p5b_wide.
 # Hardware: 8 GPUs with 80 GB, --parallel=fsdp --recompute=True. Time: not measured. Loss: not measured.
 from completep_1p5b_wide import *
 

@@ -1,4 +1,4 @@
-# The wide 1.5B-parameter shape of arXiv:2505.01618, N=1984, L=32 (N:L = 62), base hyperparameters as in completep_124m.
+# The wide 1.5B-parameter shape of arXiv:2505.01618: 32 layers x 1984 (N:L = 62), with completep_124m's hyperparameters.
 # Hardware: 8 GPUs with 80 GB, --parallel=fsdp. Time: not measured. Loss: not measured. The batch size is our choice.
 from completep_124m import *
 

@@ -1,5 +1,5 @@
-# The runs behind CompleteP's Figs. 2 and 3 (arXiv:2505.01618): python train.py config/completep_paper_anchor.py
-# --n_layer=64, and any other depth. Data: python data/slimpajama/prepare.py
+# The runs in Figs. 2 and 3 of CompleteP (arXiv:2505.01618); choose the depth with --n_layer=64.
+# Data: python data/slimpajama/prepare.py
 # Hardware: a GPU of 80 GB. Time and loss: not measured.
 out_dir = 'out/completep_paper_anchor'
 dataset = 'slimpajama'

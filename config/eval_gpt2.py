@@ -1,6 +1,6 @@
-# The validation loss of OpenAI's GPT-2 (124M) on OpenWebText; --init_from=gpt2-medium, .. for the others.
-# Needs transformers.
-# Hardware: one GPU. Time: not measured. Loss documented by nanoGPT: 3.12; here: not measured.
+# The validation loss of OpenAI's GPT-2 (124M) on OpenWebText; --init_from=gpt2-medium, .. evaluates the larger ones.
+# Needs pip install transformers.
+# Hardware: one GPU. Time: not measured. Loss according to nanoGPT: 3.12. Here: not measured.
 out_dir = 'out/eval_gpt2'
 init_from = 'gpt2'
 parameterization = 'gpt2'

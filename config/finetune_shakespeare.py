@@ -1,4 +1,4 @@
-# nanoGPT's fine-tuning of GPT-2 XL on tiny Shakespeare; add --init_from=gpt2 for the small one. Needs transformers.
+# Fine-tunes GPT-2 XL on tiny Shakespeare, as nanoGPT does; --init_from=gpt2 takes the small one. Needs transformers.
 # Hardware: one GPU with 40 GB. Time: not measured. Loss: not measured.
 out_dir = 'out/shakespeare'
 init_from = 'gpt2-xl'

@@ -1,5 +1,5 @@
-# nanoGPT's GPT-2 (124M) on OpenWebText, with nanoGPT's rules, for comparison with it.
-# Hardware: 8 A100 40GB. Time and loss documented there: about 4 days, about 2.85; here: not measured.
+# nanoGPT's GPT-2 (124M) on OpenWebText with nanoGPT's parameterization, to compare with it.
+# Hardware: 8 A100 40GB. Time and loss according to nanoGPT: about 4 days, about 2.85. Here: not measured.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = 'out/gpt2'
 parameterization = 'gpt2'

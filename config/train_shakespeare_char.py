@@ -1,5 +1,5 @@
-# nanoGPT's small character model on tiny Shakespeare, with nanoGPT's rules.
-# Hardware: one GPU. Documented there: best validation loss 1.4697, 3 minutes on an A100; here: not measured.
+# nanoGPT's small character model on tiny Shakespeare with nanoGPT's parameterization.
+# Hardware: one GPU. According to nanoGPT: best validation loss 1.4697, 3 minutes on an A100. Here: not measured.
 out_dir = 'out/shakespeare_char'
 parameterization = 'gpt2'
 dataset = 'shakespeare_char'
@@ -24,4 +24,4 @@ final_lr_frac = 0.1
 
 eval_interval = 250
 eval_tokens = 111_360
-always_save_checkpoint = False  # it overfits: keep the best
+always_save_checkpoint = False  # it overfits: keep the best checkpoint

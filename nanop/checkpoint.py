@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -159,24 +160,24 @@ def tensors_of(model, optimizer):
     return dict(model=model_state, optimizer=optimizer_state['state'])
 
 
-def load_tensors(path, tensors=None, alone=False):
-    """Fill `tensors`, as of tensors_of(), from a checkpoint, on all ranks at once or on this rank `alone`.
-
-    Without `tensors`, makes and returns those of the whole model, {name: tensor} on the CPU.
-    """
-    reader = HuggingFaceStorageReader(str(path))
+@contextmanager
+def reading(path):
+    """Turn what can go wrong while `path` is read into a UserError."""
     try:
-        held = reader.read_metadata().state_dict_metadata  # a damaged file fails here in one line, in load() in many
-        if tensors is None:
-            tensors = dict(model={name.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
-                                  for name, entry in held.items() if name.startswith('model.')})
-        dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
+        yield
     except (CheckpointException, Exception) as error:  # CheckpointException is not an Exception
         if lost_contact(cause(error)):
             raise cause(error) from None
         raise UserError(f"'{path}' cannot be read ({first_line(cause(error))}): remove it to go on from the one "
                         'before') from None
-    return tensors['model']
+
+
+def load_tensors(path, tensors, alone=False):
+    """Fill `tensors`, as of tensors_of(), from a checkpoint, on all ranks at once or on this rank `alone`."""
+    reader = HuggingFaceStorageReader(str(path))
+    with reading(path):
+        reader.read_metadata()  # a damaged file fails here in one line, in load() in many
+        dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
 
 
 def restore(path, model, optimizer):
@@ -189,7 +190,12 @@ def restore(path, model, optimizer):
 def load_weights(out_dir):
     """(weights, state) of the newest checkpoint: whole tensors by name on the CPU, however many processes trained."""
     path, state = newest(out_dir)
-    return load_tensors(path, alone=True), state
+    with reading(path):
+        held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    weights = {name.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
+               for name, entry in held.items() if name.startswith('model.')}
+    load_tensors(path, dict(model=weights), alone=True)
+    return weights, state
 
 
 def write_weights(out_dir, weights, state):

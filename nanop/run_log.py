@@ -199,7 +199,8 @@ def plot_losses(out_dir, title):
                 axes.set_ylim(top=1.1 * points[len(points) // 40][1])
         axes.set(xlabel='tokens', ylabel='loss (nats per token)', title=title)
         axes.xaxis.set_major_formatter(plots.engineering())  # 1.5M instead of 1.5 and, in the corner, 1e6
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     return path
 
 

@@ -1,5 +1,5 @@
 """
-Tokenizers, known by name: 'byte', 'char' or any encoding of tiktoken.
+Tokenizers, chosen by name: 'byte', 'char' or any encoding of tiktoken.
 
 Each has encode(text) -> array of ids, token_bytes(id) -> UTF-8 bytes, vocab_size, and end_of_text (an id or None).
 """
@@ -20,7 +20,7 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """The characters of the text, numbered in the order of `chars`, which is sorted."""
+    """The characters of the text; ids are positions in `chars`, a sorted string."""
     name, end_of_text = 'char', None
 
     def __init__(self, chars):
@@ -29,17 +29,16 @@ class CharTokenizer:
 
     @classmethod
     def of(cls, text):
-        """The tokenizer of the characters that occur in `text`, any iterable of characters."""
+        """The tokenizer for the characters that occur in `text`, any iterable of characters."""
         return cls(''.join(sorted(set(text))))
 
     def encode(self, text):
-        """Raises UserError for a character that is not in the vocabulary."""
         codes = np.frombuffer(text.encode('utf-32-le', errors='replace'), dtype=np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         unknown = codes[self.codes[ids] != codes]
         if len(unknown):
-            raise UserError(f'character {chr(unknown[0])!r} is not among the {self.vocab_size} that this vocabulary '
-                            f'knows: {self.chars!r}')
+            raise UserError(f'character {chr(unknown[0])!r} is not among the {self.vocab_size} in the vocabulary: '
+                            f'{self.chars!r}')
         return ids
 
     def token_bytes(self, token):
@@ -47,7 +46,7 @@ class CharTokenizer:
 
 
 class TiktokenTokenizer:
-    """An encoding of tiktoken, such as GPT-2's; special tokens are never read out of text."""
+    """An encoding of tiktoken, such as GPT-2's. Text that looks like a special token is encoded as plain text."""
 
     def __init__(self, name):
         try:
@@ -56,37 +55,36 @@ class TiktokenTokenizer:
             raise UserError(f"tokenizer '{name}' needs tiktoken: pip install tiktoken") from None
         known = tiktoken.list_encoding_names()
         if name not in known:
-            raise UserError(f"tokenizer '{name}' is not known: use byte, char, {', '.join(known)}")
+            raise UserError(f"tokenizer='{name}' is not allowed: use one of byte, char, {', '.join(known)}")
         try:
-            encoding = tiktoken.get_encoding(name)
+            self.name, self.encoding = name, tiktoken.get_encoding(name)
         except Exception as error:  # whatever the network library raises
             raise UserError(f"tokenizer '{name}' could not be downloaded ({type(error).__name__}): go online once, or "
-                            "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
-        self.name, self.vocab_size, self.end_of_text = name, encoding.n_vocab, encoding.eot_token
-        self.encoding = encoding
+                            'set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
+        self.vocab_size, self.end_of_text = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half of a surrogate pair, which the slower way mends
+        except UnicodeEncodeError:  # half of a surrogate pair; this slower call replaces it
             return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
 
     def token_bytes(self, token):
         try:
             return self.encoding.decode_single_token_bytes(token)
-        except KeyError:  # some encodings have gaps
+        except KeyError:  # some encodings do not use all ids
             return b''
 
 
 def get_tokenizer(name, chars=None):
-    """The tokenizer called `name`; 'char' needs its `chars`. Raises UserError."""
+    """The tokenizer called `name`; 'char' needs its `chars`."""
     if name == 'byte':
         return ByteTokenizer()
     return CharTokenizer(chars) if name == 'char' else TiktokenTokenizer(name)
 
 
 def prompt_ids(tokenizer, text=''):
-    """Ids of a prompt; an empty one starts a new text: with an end of text, else a line break, else any character."""
+    """Ids of a prompt. An empty one starts a new text: end of text, else a line break, else the first character."""
     if text:
         return tokenizer.encode(text).tolist()
     if tokenizer.end_of_text is not None:

@@ -1,7 +1,7 @@
 """
-Documents in, a dataset folder out: tokenises on all cores in bounded memory, and commits the folder atomically.
+Turns documents into a dataset folder: tokenizes on all cores in bounded memory and replaces the old dataset at the end.
 
-data/*/prepare.py are thin scripts over write_dataset (any documents) and write_parquet (large sets, resumable).
+The scripts data/*/prepare.py call write_dataset (any documents), write_parquet (large, resumable) or write_shakespeare.
 """
 import argparse
 import hashlib
@@ -14,6 +14,7 @@ import urllib.request
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -21,9 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from nanop.errors import UserError, first_line
+from nanop.files import write_atomically, write_durably
 from nanop.tokenizer import get_tokenizer
 
-PIECE_CHARS = 1 << 20  # work is handed out in pieces of about this size
+PIECE_CHARS = 1 << 20  # about the size of one work item
 
 
 def id_dtype(tokenizer):
@@ -41,11 +43,8 @@ def encode_batch(batch, tokenizer):
     return encoded
 
 
-def tokenised(documents, tokenizer, workers):
-    """Yields (split, characters, ids) in the order of `documents`, tokenised by that many processes.
-
-    Raises UserError if one of them dies.
-    """
+def tokenized(documents, tokenizer, workers):
+    """Tokenize in `workers` processes. Yields (split, characters, ids) in the order of `documents`."""
     def batches():
         batch, size = [], 0
         for document in documents:
@@ -57,31 +56,34 @@ def tokenised(documents, tokenizer, workers):
         if batch:
             yield batch
 
-    if workers <= 1 or tokenizer.name in ('byte', 'char'):  # these cost less than handing them over
+    if workers <= 1 or tokenizer.name in ('byte', 'char'):  # encoding these is cheaper than sending them to a process
         for batch in batches():
             yield from encode_batch(batch, tokenizer)
         return
-    # processes: threads of tiktoken, though it works without Python's lock, get in each other's way; not forked from
-    # this one, whose progress bar has a thread; and Ctrl-C is this one's to handle
+    # Processes, because tiktoken's threads slow each other down although they release the GIL. forkserver, because
+    # the progress bar runs a thread and a fork of a threaded process can hang. Only the parent handles Ctrl-C.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('forkserver'), initializer=signal.signal,
                                initargs=(signal.SIGINT, signal.SIG_IGN))
     pending = deque()
     try:
         for batch in batches():
             pending.append(pool.submit(encode_batch, batch, tokenizer))
-            if len(pending) > 4 * workers:  # read no further ahead than that
+            if len(pending) > 4 * workers:  # bounds the text in memory
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
-        pool._call_queue._reader.close()  # or what writes to it waits for ever, before Python 3.11.5: cpython#94777
-        raise UserError('a process that tokenised was killed, maybe for lack of memory: give fewer --workers') from None
+        pool._call_queue._reader.close()  # before Python 3.11.5 the pool's writer would wait forever: cpython#94777
+        raise UserError('a tokenizing process was killed, perhaps for lack of memory: use fewer --workers') from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def write_tokens(documents, tokenizer, paths, workers, progress):
-    """Writes the ids of (split, text, ends_document) triples to paths[split]; returns the text's sha256."""
+def write_tokens(documents, tokenizer, paths, workers, title, total_chars=None, leave=True):
+    """Write the ids of (split, text, ends_document) triples to paths[split]. Returns the sha256 of the text.
+
+    title, total_chars and leave (whether it stays on the screen) are for the progress bar.
+    """
     sha256 = hashlib.sha256()
 
     def hashed():
@@ -89,16 +91,26 @@ def write_tokens(documents, tokenizer, paths, workers, progress):
             sha256.update(document[1].encode(errors='replace'))
             yield document
 
-    with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val:
-        files = {'train': train, 'val': val}
-        for split, characters, ids in tokenised(hashed(), tokenizer, workers):
+    with tqdm(total=total_chars, unit='char', unit_scale=True, desc=title, leave=leave, disable=None) as progress, \
+            open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val:
+        files = dict(train=train, val=val)
+        for split, characters, ids in tokenized(hashed(), tokenizer, workers):
             files[split].write(ids.tobytes())
             progress.update(characters)
     return sha256.hexdigest()
 
 
+def move_tail(source, target, fraction, itemsize):
+    """Move the last `fraction` of the ids in one file to the end of another."""
+    keep = int(os.path.getsize(source) // itemsize * (1 - fraction)) * itemsize
+    with open(source, 'r+b') as tail, open(target, 'ab') as out:
+        tail.seek(keep)
+        shutil.copyfileobj(tail, out)
+        tail.truncate(keep)
+
+
 def count_bytes(path, tokenizer):
-    """UTF-8 bytes of text behind the ids in a file; end-of-text tokens count none."""
+    """The UTF-8 bytes of the text that a file of ids stands for; end-of-text tokens count as none."""
     lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
     if tokenizer.end_of_text is not None:
         lengths[tokenizer.end_of_text] = 0
@@ -109,32 +121,41 @@ def count_bytes(path, tokenizer):
     return total
 
 
-def commit(folder, paths, tokenizer, source, sha256):
-    """Makes the finished files of `paths` the dataset of `folder`; meta.json goes first and comes last.
+@contextmanager
+def temporary_files(folder):
+    """Make `folder` and yield {split: path of a temporary file in it}. Files that are still there are removed."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = {split: Path(folder) / f'{split}.tmp.{os.getpid()}' for split in ('train', 'val')}
+    try:
+        yield paths
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
 
-    Raises UserError, and leaves what was there, if a split is empty.
-    """
-    itemsize = id_dtype(tokenizer).itemsize
-    tokens = {split: os.path.getsize(path) // itemsize for split, path in paths.items()}
+
+def finish_dataset(folder, paths, tokenizer, source, sha256):
+    """Make the finished files `paths` the dataset in `folder`, and return its meta. An empty split is refused."""
+    dtype, real = id_dtype(tokenizer), tokenizer.vocab_size
+    tokens = {split: os.path.getsize(path) // dtype.itemsize for split, path in paths.items()}
     for split, count in tokens.items():
         if not count:
-            raise UserError(f'no text for {split}.bin in {source}: give more text, or another split')
+            raise UserError(f'no text for {split}.bin in {source}: use more text or another split')
     counts = {split: count_bytes(path, tokenizer) for split, path in paths.items()}
-    real = tokenizer.vocab_size
     meta = dict(
-        tokenizer=tokenizer.name, dtype=id_dtype(tokenizer).name,
-        vocab_size=real if real <= 1024 else -(-real // 64) * 64,  # large ones padded: faster products
+        tokenizer=tokenizer.name, dtype=dtype.name,
+        vocab_size=real if real <= 1024 else -(-real // 64) * 64,  # large ones are padded: matrix products are faster
         real_vocab_size=real, train_tokens=tokens['train'], val_tokens=tokens['val'], train_bytes=counts['train'],
         val_bytes=counts['val'], bytes_per_token=counts['val'] / tokens['val'], source=source, source_sha256=sha256)
     if tokenizer.name == 'char':
         meta['chars'] = tokenizer.chars
     meta_path = Path(folder) / 'meta.json'
     temporary = meta_path.with_suffix(f'.tmp.{os.getpid()}')
-    temporary.write_text(json.dumps(meta, indent=1))
-    for path in (*paths.values(), temporary):
+    # all new files are on disk before the old dataset is removed: if the disk is full, the old one stays
+    write_durably(temporary, json.dumps(meta, indent=1).encode())
+    for path in paths.values():
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
-    meta_path.unlink(missing_ok=True)  # from here until the last line there is no dataset, never half of one
+    meta_path.unlink(missing_ok=True)  # from here to the last rename there is no dataset, and never half of one
     for split, path in paths.items():
         os.replace(path, Path(folder) / f'{split}.bin')
     os.replace(temporary, meta_path)
@@ -143,44 +164,25 @@ def commit(folder, paths, tokenizer, source, sha256):
     return meta
 
 
-def temporary_paths(folder):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return {split: Path(folder) / f'{split}.tmp.{os.getpid()}' for split in ('train', 'val')}
-
-
 def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_chars=None, workers=None):
-    """Makes `folder` a dataset of (split, text, ends_document) triples and returns its meta.
+    """Make `folder` a dataset of (split, text, ends_document) triples and return its meta.
 
-    val_frac > 0 moves that fraction, the last tokens, from train to val. total_chars is for the progress bar.
-    Raises UserError; whatever happens, the folder holds a whole dataset or none.
+    If the program stops or fails, the folder holds a whole dataset or none. val_frac > 0 moves that fraction, the last
+    tokens, from train to val. total_chars is for the progress bar.
     """
-    paths = temporary_paths(folder)
-    try:
-        with tqdm(total=total_chars, unit='char', unit_scale=True, desc='tokenising', disable=None) as progress:
-            sha256 = write_tokens(documents, tokenizer, paths, workers or os.cpu_count(), progress)
+    with temporary_files(folder) as paths:
+        sha256 = write_tokens(documents, tokenizer, paths, workers or os.cpu_count(), 'tokenizing', total_chars)
         if val_frac:
             move_tail(paths['train'], paths['val'], val_frac, id_dtype(tokenizer).itemsize)
-        return commit(folder, paths, tokenizer, source, sha256)
-    finally:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-
-
-def move_tail(source, target, fraction, itemsize):
-    """Moves the last `fraction` of the ids of one file to the end of another."""
-    keep = int(os.path.getsize(source) // itemsize * (1 - fraction)) * itemsize
-    with open(source, 'r+b') as tail, open(target, 'ab') as out:
-        tail.seek(keep)
-        shutil.copyfileobj(tail, out)
-        tail.truncate(keep)
+        return finish_dataset(folder, paths, tokenizer, source, sha256)
 
 
 # -----------------------------------------------------------------------------
-# Large sets of parquet files, here or on the Hugging Face hub
+# Large datasets as parquet files, local or on the Hugging Face hub
 
 
 def list_parquet(repo, revision, pattern):
-    """Addresses of the parquet files of a hub dataset at a pinned revision, sorted. Raises UserError."""
+    """Addresses of a hub dataset's parquet files at a pinned revision, sorted."""
     try:
         from huggingface_hub import HfFileSystem
     except ImportError:
@@ -188,12 +190,12 @@ def list_parquet(repo, revision, pattern):
     try:
         return ['hf://' + path for path in sorted(HfFileSystem().glob(f'datasets/{repo}@{revision}/{pattern}'))]
     except Exception as error:  # whatever the network library raises
-        raise UserError(f'{repo} cannot be listed ({type(error).__name__}): go online, or give local files with '
-                        "--input 'FOLDER/*.parquet'") from None
+        raise UserError(f'{repo} cannot be listed ({type(error).__name__}): go online, or use local files with '
+                        "--input='FOLDER/*.parquet'") from None
 
 
 def parquet_documents(file, val_every):
-    """(split, text, True) for the rows of a parquet file, streamed; one row in `val_every` is for validation."""
+    """Yield (split, text, True) for the rows of a parquet file; one row in `val_every` is for validation."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -202,44 +204,42 @@ def parquet_documents(file, val_every):
         rows = load_dataset('parquet', data_files=[file], split='train', streaming=True, columns=['text'])
         for i, row in enumerate(rows):
             yield 'train' if i % val_every else 'val', row['text'] or '', True
-    except Exception as error:  # whatever the network or the file does
-        raise UserError(f"'{file}' cannot be read ({type(error).__name__}: {first_line(error)}): run this again, "
-                        'finished shards are kept') from None
+    except Exception as error:  # whatever the network library or a damaged file raises
+        raise UserError(f"'{file}' cannot be read ({type(error).__name__}: {first_line(error)}): run the command "
+                        'again, finished shards are kept') from None
+
+
+def write_shard(name, file, tokenizer, workers, val_every):
+    """Tokenize a parquet file to NAME.train and NAME.val unless that is done. Returns (these paths, sha256)."""
+    paths = {split: name.with_suffix(f'.{split}') for split in ('train', 'val')}
+    done = name.with_suffix('.json')  # written last: now the shard is finished
+    if not (done.exists() and json.loads(done.read_text())['file'] == file):
+        sha256 = write_tokens(parquet_documents(file, val_every), tokenizer, paths, workers, Path(file).name,
+                              leave=False)
+        write_atomically(done, json.dumps(dict(file=file, sha256=sha256)).encode())
+    return paths, json.loads(done.read_text())['sha256']
 
 
 def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
-    """Makes `folder` a dataset of a hub dataset's column 'text', with GPT-2's tokens and an end of text per document.
-
-    Each parquet file becomes a shard; shards that are finished are not made again when the script is run again.
-    """
-    parser = argparse.ArgumentParser(description=f'{repo} at revision {revision}')
-    parser.add_argument('--input', help='local parquet files instead of the hub, a glob pattern')
-    parser.add_argument('--shards', type=int, help='use only the first N parquet files')
-    parser.add_argument('--tokenizer', default='gpt2', help='an encoding of tiktoken, or byte')
-    parser.add_argument('--out', default=folder, help='folder to write')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
+    """Make `folder` a dataset of a hub dataset's column 'text', one shard per parquet file, and return its meta."""
+    parser = argparse.ArgumentParser(
+        description=f'{repo} at revision {revision}. Needs pip install datasets. The download is streamed, not stored. '
+        'If it was stopped, run the same command again: finished shards are kept.')
+    parser.add_argument('--input', help="local parquet files instead of the download, such as 'FOLDER/*.parquet'")
+    parser.add_argument('--shards', type=int, help='use only the first SHARDS parquet files')
+    parser.add_argument('--tokenizer', default='gpt2', help='byte or an encoding of tiktoken (default: gpt2)')
+    parser.add_argument('--out', default=folder, help='folder to write (default: the folder of this script)')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizing processes (default: all cores)')
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
-    files = sorted(glob(args.input)) if args.input else list_parquet(repo, revision, pattern)
-    files = files[:args.shards]
+    files = (sorted(glob(args.input)) if args.input else list_parquet(repo, revision, pattern))[:args.shards]
     if not files:
         raise UserError(f'no parquet files match {args.input or pattern}')
     shard_dir = Path(args.out) / 'shards'
     shard_dir.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for i, file in enumerate(tqdm(files, unit='file', desc='shards', disable=None)):
-        name = shard_dir / f'{tokenizer.name}_{i:05d}'
-        paths = {split: name.with_suffix(f'.{split}') for split in ('train', 'val')}
-        done = name.with_suffix('.json')  # written last: it makes the shard count
-        if not (done.exists() and json.loads(done.read_text())['file'] == file):
-            with tqdm(unit='char', unit_scale=True, desc=Path(file).name, leave=False, disable=None) as progress:
-                sha256 = write_tokens(parquet_documents(file, val_every), tokenizer, paths, args.workers, progress)
-            temporary = done.with_suffix('.tmp')
-            temporary.write_text(json.dumps(dict(file=file, sha256=sha256)))
-            os.replace(temporary, done)
-        shards.append((paths, json.loads(done.read_text())['sha256']))
-    merged = temporary_paths(args.out)
-    try:
+    shards = [write_shard(shard_dir / f'{tokenizer.name}_{i:05d}', file, tokenizer, args.workers, val_every)
+              for i, file in enumerate(tqdm(files, unit='file', desc='shards', disable=None))]
+    with temporary_files(args.out) as merged:
         for split, target in merged.items():
             with open(target, 'wb') as out:
                 for paths, _ in shards:
@@ -247,10 +247,7 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
                         shutil.copyfileobj(file, out)
         sha256 = hashlib.sha256(''.join(sha256 for _, sha256 in shards).encode()).hexdigest()
         source = f'{args.input or f"{repo}@{revision}"} ({len(files)} files)'
-        meta = commit(args.out, merged, tokenizer, source, sha256)
-    finally:
-        for path in merged.values():
-            path.unlink(missing_ok=True)
+        meta = finish_dataset(args.out, merged, tokenizer, source, sha256)
     for paths, _ in shards:
         for path in (*paths.values(), paths['train'].with_suffix('.json')):
             path.unlink()
@@ -267,22 +264,19 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 def write_shakespeare(folder, make_tokenizer, argv=None):
-    """Makes `folder` a dataset of tiny Shakespeare, the last tenth of its characters for validation.
-
-    Raises UserError if the text cannot be had or is not the well-known one.
-    """
-    parser = argparse.ArgumentParser(description='tiny Shakespeare')
-    parser.add_argument('--input', help='a copy of the text, instead of the download')
-    parser.add_argument('--out', default=folder, help='folder to write')
+    """Make `folder` a dataset of tiny Shakespeare, the last tenth of its characters for validation."""
+    parser = argparse.ArgumentParser(description='Tiny Shakespeare (1.1 MB), the last tenth for validation.')
+    parser.add_argument('--input', help='a local copy of the text instead of the download')
+    parser.add_argument('--out', default=folder, help='folder to write (default: the folder of this script)')
     args = parser.parse_args(argv)
     source = args.input or SHAKESPEARE_URL
     try:
         raw = Path(args.input).read_bytes() if args.input else urllib.request.urlopen(source, timeout=60).read()
     except OSError as error:
-        raise UserError(f'{source} cannot be read ({error}): check it, or give a copy with --input FILE') from None
+        raise UserError(f'{source} cannot be read ({error}): check it, or use a local copy with --input=FILE') from None
     if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f'{source} is not the well-known text ({len(raw):,} bytes, another sha256): give a copy of it '
-                        'with --input FILE, or prepare any other text with data/text/prepare.py')
+        raise UserError(f'{source} is not tiny Shakespeare ({len(raw):,} bytes, wrong sha256): use the original text '
+                        'with --input=FILE, or prepare other texts with data/text/prepare.py')
     text = raw.decode()
     cut = int(len(text) * 0.9)
     return write_dataset(args.out, [('train', text[:cut], False), ('val', text[cut:], False)], make_tokenizer(text),

@@ -1,11 +1,11 @@
 """
-Kills a training run again and again, and compares what comes out with a run that nobody killed.
+Kills a training run again and again, and compares the result with an undisturbed run.
 
-    python stress_faults.py --kills=100
+    python tests/stress_faults.py --kills=100
 
-Every life of the run goes on from the checkpoints of the one before it (init_from=auto) and ends with SIGKILL at a
-random moment, in every third one while a checkpoint is being written. In the end weights, optimizer state and the rows
-of metrics.csv must be those of the undisturbed run, bit for bit; only tokens_per_s may differ. Exit code 1 if not.
+Every start resumes from the last checkpoint (init_from=auto) and ends with SIGKILL at a random moment; every third kill
+hits while a checkpoint is being written. In the end weights, optimizer state and the rows of metrics.csv must equal
+those of the undisturbed run bit for bit; only tokens_per_s may differ. Exit code 1 if anything differs.
 """
 import contextlib
 import multiprocessing
@@ -22,42 +22,42 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from configurator import configure
-from nanop import checkpoint, run_log
-from nanop.errors import UserError, exit_on_user_error, require_at_least
-from nanop.tokenizer import ByteTokenizer
-from nanop.write_dataset import write_dataset
-from train import TrainConfig, train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import configure  # noqa: E402
+from nanop import checkpoint, run_log  # noqa: E402
+from nanop.errors import UserError, exit_on_user_error, require_values  # noqa: E402
+from nanop.tokenizer import ByteTokenizer  # noqa: E402
+from nanop.write_dataset import write_dataset  # noqa: E402
+from train import TrainConfig, train  # noqa: E402
 
 
 @dataclass
 class StressConfig:
     kills: int = 100
     out_dir: str = 'out/stress_faults'     # holds both runs and their data; emptied first
-    seed: int = 1                          # of the moments
+    seed: int = 1                          # of the random moments
     steps_per_kill: int = 40               # length of the run
-    latest_s: float = 0.5                  # longest life, from the first sign of training
+    latest_s: float = 0.5                  # latest moment of a kill, from the first sign of training
 
     def __post_init__(self):
-        require_at_least(self, kills=1, seed=0, steps_per_kill=1, latest_s=0.01)
+        require_values(self, at_least=dict(kills=1, seed=0, steps_per_kill=1, latest_s=0.01))
 
 
 def squares(folder):
-    """Makes a small dataset and returns its whole path."""
+    """Make a small dataset; returns its whole path."""
     text = ''.join(f'{i} squared is {i * i}.\n' for i in range(5000))
     write_dataset(folder, [('train', text, True), ('val', text, True)], ByteTokenizer(), 'squares', workers=1)
     return str(Path(folder).resolve())
 
 
-def live(config):
-    """A life: trains in silence."""
+def train_silently(config):
     torch.set_num_threads(1)
     with open(os.devnull, 'w') as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         train(config)
 
 
 def wait_for(condition, process, limit_s):
-    """Whether condition() came true while the process lived, within the limit."""
+    """Wait until condition() is true; returns whether that happened while the process lived and within the limit."""
     end = time.monotonic() + limit_s
     while process.is_alive() and time.monotonic() < end:
         if condition():
@@ -66,25 +66,25 @@ def wait_for(condition, process, limit_s):
     return False
 
 
-def being_done(out_dir, eval_interval):
-    """What a run that is now dead was doing, by what it left behind."""
+def was_doing(out_dir, eval_interval):
+    """What a killed run was doing, judged by what it left behind."""
     if list(Path(out_dir).glob('*.tmp')):
         return 'writing'
-    rows = run_log.read(out_dir)
+    rows = run_log.read_metrics(out_dir)
     return 'evaluating' if not rows or (int(rows[-1]['step']) + 1) % eval_interval == 0 else 'training'
 
 
 def kill_often(config, stress):
-    """Runs `config` through all its lives; returns a Counter of what it was doing when it was killed."""
+    """Start `config` again and again until it ends; returns a Counter of what it was doing when it was killed."""
     rng, context, doing = random.Random(stress.seed), multiprocessing.get_context('fork'), Counter()
     out_dir = Path(config.out_dir)
-    for number in tqdm(range(stress.kills + 1), unit='life', disable=not sys.stderr.isatty()):
-        process = context.Process(target=live, args=(config,))
+    sign_of_training = out_dir / 'config.json'
+    for number in tqdm(range(stress.kills + 1), unit='start', disable=not sys.stderr.isatty()):
+        process = context.Process(target=train_silently, args=(config,))
         process.start()
         if number < stress.kills:
-            begun = time.time()
-            wait_for(lambda: (out_dir / 'config.json').exists() and (out_dir / 'config.json').stat().st_mtime >= begun,
-                     process, 60)
+            started = time.time()
+            wait_for(lambda: sign_of_training.exists() and sign_of_training.stat().st_mtime >= started, process, 60)
             wait_for(lambda: False, process, rng.uniform(0, stress.latest_s))
             if number % 3 == 2:
                 wait_for(lambda: any(out_dir.glob('ckpt_*.tmp')), process, 10)
@@ -93,17 +93,17 @@ def kill_often(config, stress):
         process.join()
         if number < stress.kills:
             if process.exitcode != -9:
-                raise UserError(f'the run was over (exit code {process.exitcode}) after {number} kills: use more '
+                raise UserError(f'the run ended (exit code {process.exitcode}) after {number} kills: use more '
                                 'steps_per_kill or a smaller latest_s')
-            doing[being_done(out_dir, config.eval_interval)] += 1
+            doing[was_doing(out_dir, config.eval_interval)] += 1
     return doing
 
 
 def differences(a, b):
-    """Lines that say in what two finished runs differ: rows, weights, optimizer state."""
+    """Lines that say where two finished runs differ: rows, weights, optimizer state."""
     found = []
-    rows = [[{key: value for key, value in row.items() if key != 'tokens_per_s'} for row in run_log.read(out_dir)]
-            for out_dir in (a, b)]
+    rows = [[{key: value for key, value in row.items() if key != 'tokens_per_s'}
+             for row in run_log.read_metrics(out_dir)] for out_dir in (a, b)]
     if rows[0] != rows[1]:
         steps = [[row['step'] for row in each] for each in rows]
         found.append(f'metrics.csv: {len(steps[0])} and {len(steps[1])} rows, {len(set(steps[1]))} different steps')
@@ -118,7 +118,7 @@ def differences(a, b):
 
 
 def stress(config):
-    """Kills, compares, prints; returns the lines of differences()."""
+    """Kill, compare, print; returns the lines of differences()."""
     out_dir = Path(config.out_dir)
     shutil.rmtree(out_dir, ignore_errors=True)
     undisturbed = TrainConfig(
@@ -128,15 +128,14 @@ def stress(config):
         weight_decay=0.1, learning_rate=1e-2, eval_interval=10, eval_tokens=4096, log_interval=1, compile=False,
         dtype='float32', device='cpu')
     killed = replace(undisturbed, out_dir=str(out_dir / 'killed'))
-    process = multiprocessing.get_context('fork').Process(target=live, args=(undisturbed,))
+    process = multiprocessing.get_context('fork').Process(target=train_silently, args=(undisturbed,))
     process.start()
     process.join()
     doing = kill_often(killed, config)
     found = differences(undisturbed.out_dir, killed.out_dir)
+    same = 'weights, optimizer state and metrics equal those of the undisturbed run'
     print(f"{config.kills} kills ({', '.join(f'{n} while {what}' for what, n in doing.most_common())}), "
-          f'{undisturbed.max_iters} steps: '
-          + ('weights, optimizer state and metrics are those of the undisturbed run' if not found else
-             'DIFFERENT: ' + '; '.join(found[:5])))
+          f"{undisturbed.max_iters} steps: {'DIFFERENT: ' + '; '.join(found[:5]) if found else same}")
     return found
 
 

@@ -1,11 +1,11 @@
 """
-Trains on two hosts, cuts the cable between them, and sees that the run says so, stops, and goes on when it is back.
+Trains on two hosts, cuts the cable between them, and checks that the run says so, stops, and resumes when it is back.
 
-    python stress_hosts.py                                      as root, on Linux
+    python tests/stress_hosts.py                                as root, on Linux
 
-The hosts are network namespaces of this machine with a veth pair for the cable; the commands are those of the README.
-In the end weights, optimizer state and metrics.csv must be those of a run whose cable was never cut, bit for bit. Exit
-code 1 if anything differs, 0 with a reason where namespaces cannot be made.
+The hosts are network namespaces of this machine, joined by a veth pair; the commands are those of docs/scaling.md. In
+the end weights, optimizer state and metrics.csv must equal those of a run without a cut, bit for bit. Exit code 1 if
+anything differs; 0, with a reason, where namespaces cannot be made.
 """
 import contextlib
 import os
@@ -17,11 +17,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from stress_faults import differences, squares
+from stress_faults import differences, squares  # first: it puts the repository on the path
 
 from configurator import configure
 from nanop import run_log
-from nanop.errors import UserError, exit_on_user_error, first_line, require_at_least
+from nanop.errors import UserError, exit_on_user_error, first_line, require_values
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +36,11 @@ class HostsConfig:
     cut_at_step: int = 30
 
     def __post_init__(self):
-        require_at_least(self, timeout_s=1, cut_at_step=1)
+        require_values(self, at_least=dict(timeout_s=1, cut_at_step=1))
 
 
 def ip(*words):
-    """Raises UserError."""
+    """Run iproute2's `ip`."""
     try:
         result = subprocess.run(['ip', *words], capture_output=True, text=True)
     except OSError as error:
@@ -55,26 +55,26 @@ def remove_hosts():
 
 
 def make_hosts():
-    """Two namespaces and a cable. Raises UserError where they cannot be made."""
+    """Make two namespaces and a cable between them."""
     remove_hosts()
     for name in NAMES:
         ip('netns', 'add', name)
     ip('link', 'add', CABLES[0], 'netns', NAMES[0], 'type', 'veth', 'peer', 'name', CABLES[1], 'netns', NAMES[1])
     for name, cable, address in zip(NAMES, CABLES, ADDRESSES):
         ip('-n', name, 'addr', 'add', f'{address}/24', 'dev', cable)
-        ip('-n', name, 'link', 'set', 'lo', 'up')
         ip('-n', name, 'link', 'set', cable, 'up')
+        ip('-n', name, 'link', 'set', 'lo', 'up')
 
 
 def launch(config, port):
-    """torchrun on each host, as {its output file: its process}."""
+    """Start torchrun on each host; returns {output file: process}."""
     hosts = {}
     for name, cable, address in zip(NAMES, CABLES, ADDRESSES):
         output = Path(f'{config.out_dir}-{name}-{port}.txt')
         command = [
             'ip', 'netns', 'exec', name, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2',
             '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:{port}', '--rdzv_id=1',
-            # namespaces share the machine's name, by which torchrun would know its address and who hosts the meeting
+            # namespaces share the machine's name, from which torchrun would take its address and who hosts the meeting
             f'--local_addr={address}', f'--rdzv_conf=is_host={int(name == NAMES[0])}',
             ROOT / 'train.py', *(f'--{key}={value}' for key, value in asdict(config).items() if value != '')]
         hosts[output] = subprocess.Popen(
@@ -84,7 +84,7 @@ def launch(config, port):
 
 
 def wait_until(condition, limit_s):
-    """Whether condition() came true within the limit."""
+    """Wait until condition() is true; returns whether it came true within the limit."""
     end = time.monotonic() + limit_s
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
@@ -96,7 +96,7 @@ def have_ended(hosts):
 
 
 def end(hosts):
-    """Kills what is left: torchrun and its workers."""
+    """Kill torchrun and its workers, as far as they still run."""
     for name in NAMES:  # torchrun gives its workers sessions of their own
         for pid in subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True).stdout.split():
             with contextlib.suppress(ProcessLookupError):
@@ -106,7 +106,7 @@ def end(hosts):
 
 
 def succeed(config, port):
-    """Runs to the end on both hosts. Raises UserError if one fails."""
+    """Run to the end on both hosts."""
     hosts = launch(config, port)
     wait_until(lambda: have_ended(hosts), 300)
     failed = [output for output, host in hosts.items() if host.poll() != 0]
@@ -116,7 +116,7 @@ def succeed(config, port):
 
 
 def stress(config):
-    """Trains, cuts, restores, resumes; prints what happens; returns the lines that say what is wrong."""
+    """Train, cut, restore, resume; prints what happens and returns lines that say what is wrong."""
     shutil.rmtree(config.out_dir, ignore_errors=True)
     out_dir = Path(config.out_dir).resolve()
     undisturbed = TrainConfig(
@@ -130,8 +130,10 @@ def stress(config):
     print(f'two hosts trained {undisturbed.max_iters} steps ({config.parallel})')
 
     hosts = launch(cut, 29502)
-    if not wait_until(lambda: have_ended(hosts) or any(int(row['step']) >= config.cut_at_step
-                                                       for row in run_log.read(cut.out_dir)), 120) or have_ended(hosts):
+
+    def far_enough():
+        return any(int(row['step']) >= config.cut_at_step for row in run_log.read_metrics(cut.out_dir))
+    if not wait_until(lambda: have_ended(hosts) or far_enough(), 120) or have_ended(hosts):
         end(hosts)
         raise UserError(f'the run did not get to step {config.cut_at_step}: see {next(iter(hosts))}')
     ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'down')
@@ -140,12 +142,12 @@ def stress(config):
     def errors():
         return [line for output in hosts for line in output.read_text().splitlines() if line.startswith('error: ')]
     wait_until(lambda: len(errors()) == 2, 2 * config.timeout_s + 10)  # a checkpoint may have to time out first
-    step = int(run_log.read(cut.out_dir)[-1]['step'])
+    step = int(run_log.read_metrics(cut.out_dir)[-1]['step'])
     print(f'cut after step {step}; {time.monotonic() - cut_at:.0f} s later the hosts said\n' + '\n'.join(errors()))
     if len(errors()) != 2 or not all('lost contact' in line for line in errors()):
         found.append('no clear error on both hosts within the time-out')
     if step + 1 >= cut.max_iters:
-        found.append('the run was over before the cut')
+        found.append('the run ended before the cut')
     wait_until(lambda: have_ended(hosts), 10)
     for name, host in zip(NAMES, hosts.values()):
         print(f'torchrun on {name}: ' + ('still waits, and is killed' if host.poll() is None else
@@ -155,8 +157,8 @@ def stress(config):
     ip('-n', NAMES[0], 'link', 'set', CABLES[0], 'up')
     succeed(cut, 29503)
     found += differences(undisturbed.out_dir, cut.out_dir)
-    print('restored and resumed: ' + ('weights, optimizer state and metrics are those of the run that was not cut'
-                                      if not found else 'DIFFERENT: ' + '; '.join(found[:5])))
+    same = 'weights, optimizer state and metrics equal those of the run without a cut'
+    print(f"restored and resumed: {'DIFFERENT: ' + '; '.join(found[:5]) if found else same}")
     return found
 
 

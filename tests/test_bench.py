@@ -1,6 +1,7 @@
-"""Tests of bench.py: the plan against figures by hand, against what autograd keeps, and against a run."""
+"""Tests of bench.py: the plan against figures by hand, against what autograd keeps, and against a run; benchmarks."""
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench, timed
+import bench
+import sweep
+from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench
 from model import GPT, GPTConfig
 from nanop import parallel
 from nanop.errors import UserError
-from tools.plan import activation_bytes, measure, memory, meta_model, plan, si, traffic
-from train import TrainConfig
+from nanop.machine import flops_per_token
+from tools.contestants import contestants_of, print_table, timed
+from tools.plan import activation_bytes, measure_memory, memory, meta_model, print_plan, si, traffic
+from train import TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEP = [str(ROOT / 'config' / 'completep_1p5b_deep.py'), '--gpus=64', '--vocab_size=50304']
@@ -22,42 +27,43 @@ DEEP = [str(ROOT / 'config' / 'completep_1p5b_deep.py'), '--gpus=64', '--vocab_s
 
 def test_the_deep_model_of_the_paper_on_64_gpus(capsys):
     """By hand: N = 832, L = 179, T = 2048, V = 50304, untied, with biases."""
-    bench, config = read_bench(['--plan', *DEEP, '--parallel=fsdp'])
+    settings, config = read_bench(['--plan', *DEEP, '--parallel=fsdp'])
     P_block = 179 * (12 * 832**2 + 9 * 832)
     P = P_block + 179 * 4 * 832 + 2 * 832 + 2 * 50304 * 832 + 2048 * 832
-    plan(config, bench)
+    print_plan(config, settings)
     out = capsys.readouterr().out
     assert f'parameters                      {P:,}' in out
     flops = 6 * (P - 50304 * 832 - 2048 * 832) + 12 * 179 * 832 * 2048
     tokens = round(20 * P / 2**20) * 2**20
-    assert f'{tokens:,} in' in out and f'FLOPs in all                    {flops * tokens / 1e18:.3g} E' in out
+    assert f'{tokens:,} in' in out and f'total FLOPs                     {flops * tokens / 1e18:.3g} E' in out
     assert f'{flops * tokens / (64 * 989e12 * 0.4) / 86400:.3g} on 64 GPU(s) of 989 TFLOP/s' in out
     model, _ = meta_model(config)
-    rows = memory(model, config, bench, 2)
+    rows = memory(model, config, settings, 2)
     assert rows['weights'] == pytest.approx(4 * P / 64) and rows['optimizer state'] == pytest.approx(8 * P / 64)
     assert rows['activations'] == pytest.approx(8 * 2048 * (179 * 36 * 832 + 6 * 832 + 10 * 50304))
     assert rows['activations, --recompute=True'] == pytest.approx(
         8 * 2048 * (179 * 4 * 832 + 36 * 832 + 6 * 832 + 10 * 50304))
     # weights twice in bf16 and gradients once in float32, all but what a GPU has itself; the root's weights once
     sent = (2 * 2 * P_block + 4 * (P - P_block) + 4 * P) * 63 / 64
-    assert traffic(model, config, bench, 2) == pytest.approx(sent)
+    assert traffic(model, config, settings, 2) == pytest.approx(sent)
 
 
 def test_memory_and_traffic_by_kind_of_parallelism():
     def of(kind, gpus, **changes):
-        bench, config = read_bench([*DEEP, f'--gpus={gpus}', f'--parallel={kind}', '--batch_size=1'])
+        settings, config = read_bench([*DEEP, f'--gpus={gpus}', f'--parallel={kind}', '--batch_size=1'])
         model, _ = meta_model(replace(config, **changes))
-        return memory(model, replace(config, **changes), bench, 2), traffic(model, config, bench, 2), model.num_params()
+        rows = memory(model, replace(config, **changes), settings, 2)
+        return rows, traffic(model, config, settings, 2), model.num_params()
     ddp, sent, P = of('ddp', 8)
     assert ddp['weights'] == 4 * P and ddp["DDP's buckets"] == 4 * P and sent == pytest.approx(8 * P * 7 / 8)
     alone, sent, _ = of('ddp', 1)
     assert alone["DDP's buckets"] == 0 and sent == 0
     fsdp, _, _ = of('fsdp', 64)
     hsdp, sent_hsdp, _ = of('hsdp', 64)
-    assert hsdp['weights'] == 8 * fsdp['weights']  # over the 8 of a host
+    assert hsdp['weights'] == 8 * fsdp['weights']  # sharded over the 8 GPUs of a host
     one_host, sent_fsdp, _ = of('fsdp', 8)
     assert hsdp['weights'] == one_host['weights']
-    assert sent_hsdp / 8 == pytest.approx(sent_fsdp / 64 + 8 * P / 8 * 7 / 8)  # per micro-batch: and between hosts
+    assert sent_hsdp / 8 == pytest.approx(sent_fsdp / 64 + 8 * P / 8 * 7 / 8)  # per micro-batch, and between hosts
     sparse, _, _ = of('fsdp', 64, density=0.5, parameterization='completep_supar')
     assert sparse['weights'] == pytest.approx(fsdp['weights'] + 179 * 12 * 832**2 / 64, rel=1e-3)
 
@@ -75,7 +81,7 @@ def test_activations_are_what_autograd_keeps(dtype, recompute, n_layer, n_embd, 
 
     def keep(x):
         storage = x.untyped_storage()
-        if storage.data_ptr() not in not_counted and tuple(x.shape) not in weights:  # weights cast have their own row
+        if storage.data_ptr() not in not_counted and tuple(x.shape) not in weights:  # weights are counted elsewhere
             kept[storage.data_ptr()] = x, storage.nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
@@ -84,40 +90,57 @@ def test_activations_are_what_autograd_keeps(dtype, recompute, n_layer, n_embd, 
     product_bytes = 4 if dtype == torch.float32 else 2
     planned = activation_bytes(model, idx.numel(), product_bytes, recompute, cpu_bf16=product_bytes == 2)
     end_bytes = idx.numel() * (n_embd * (4 + product_bytes) + vocab_size * (8 if product_bytes == 4 else 2))
-    # the logits live until the loss is there; then there is their gradient, in bf16 in their place
+    # the logits live until the loss is computed, and then their gradient does, in bf16 in their place
     found = sum(nbytes for _, nbytes in kept.values()) + product_bytes * vocab_size * idx.numel()
-    if recompute:  # and the block whose forward runs again
+    if recompute:  # plus the block whose forward runs again
         found += (activation_bytes(model, idx.numel(), product_bytes, False, product_bytes == 2) - end_bytes) / n_layer
     assert loss.isfinite() and planned == pytest.approx(found, rel=0.06)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the allocator is told to give memory back as glibc does')
-def test_the_plan_holds_for_a_run(data_dir, capsys):
-    config = TrainConfig(dataset=data_dir, n_layer=4, n_embd=512, batch_size=8, batch_tokens=4096, dtype='float32',
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="measure_memory() sets glibc's allocator")
+def test_the_plan_holds_for_a_run(data_dir, capsys, monkeypatch):
+    monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '')  # measure_memory() sets it; afterwards it is unset again
+    config = TrainConfig(dataset=data_dir, n_layer=4, n_embd=512, batch_size=4, batch_tokens=2048, dtype='float32',
                          device='cpu')
-    planned, measured = measure(config, BenchConfig())
+    planned, measured = measure_memory(config, BenchConfig())
     assert planned == pytest.approx(measured, rel=0.1)
     assert re.search(r'3 steps on cpu, float32, \d+ s: peak .*B, planned .*B: off by [+-]\d+%', capsys.readouterr().out)
 
 
-def test_the_command_and_its_errors():
-    def run(*args):
-        return subprocess.run([sys.executable, ROOT / 'bench.py', *args], capture_output=True, text=True)
-    result = run('--plan', *DEEP, '--parallel=fsdp')
-    assert result.returncode == 0 and 'in all' in result.stdout and 'with --recompute=True' in result.stdout
-    assert 'not in them' not in result.stdout
-    result = run('--plan', '--pos=rope', '--activation=swiglu')
-    assert result.returncode == 0 and 'what differs by activation, pos is not in them' in result.stdout
+def run_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *args])
+    return bench.main()
+
+
+def test_the_command_and_its_errors(monkeypatch, capsys):
+    assert run_main(monkeypatch, '--plan', *DEEP, '--parallel=fsdp') is None
+    out = capsys.readouterr().out
+    assert 'total    ' in out and 'with --recompute=True' in out and 'estimated for the default' not in out
+    run_main(monkeypatch, '--plan', '--pos=rope', '--activation=swiglu')
+    assert 'default architecture, without the effect of activation, pos' in capsys.readouterr().out
     for args, message in ((('--plan', '--gpus=0'), 'gpus=0 is not allowed'),
                           (('--plan', '--gpus=3'), 'which 3 processes cannot share'),
+                          (('--plan', '--gpus=12', '--parallel=hsdp', '--batch_tokens=3072'),
+                           "gpus=12 is not allowed: parallel='hsdp' needs a multiple of gpus_per_host=8"),
                           (('--plan', '--optimizer=muon', '--density=0.5'), "'muon' has no rule for density=0.5"),
                           (('--plan', '--n_layer=2,4'), 'n_layer=[2, 4] is a list'),
                           (('--plan', '--n_embd=100'), 'n_embd=100 is not allowed: use a multiple of head_dim=64'),
+                          (('--measure=True',), 'measure=True is not allowed: it goes with --plan'),
+                          (('--text=a.md',), "text='a.md' is not allowed: use a .txt file"),
                           (('--peer=nowhere',), "peer='nowhere' has no model.py"), (('--turns=0',), 'turns=0 is not'),
                           (('--sweep', '--sample'), 'choose one of'), (('--lengths=0',), "'0' is not a list"),
                           (('--dataset=nowhere',), 'no dataset in')):
-        result = run(*args)
-        assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_main(monkeypatch, *args)
+    result = subprocess.run([sys.executable, ROOT / 'bench.py', '--plan', '--gpus=0'], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith('error: gpus=0') and 'Traceback' not in result.stderr
+
+
+def test_bench_imports_no_database():
+    code = ('import sys, bench, tools.plan, tools.stack, tools.bench_worker, tools.contestants; '
+            "print({'optuna', 'sqlalchemy'} & set(sys.modules))")
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == 'set()\n', result.stderr
 
 
 def test_si():
@@ -125,7 +148,7 @@ def test_si():
 
 
 # -----------------------------------------------------------------------------
-# What is measured here
+# Benchmarks
 
 PEER = """
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -163,7 +186,7 @@ class GPT(nn.Module):
 
 TINY = dict(n_layer=2, n_embd=32, head_dim=16, base_n_embd=32, base_head_dim=16, block_size=16, batch_tokens=64,
             device='cpu', dtype='float32', compile=False)
-OTHERS = 24 * 32 * 32 + 28 * 32 + 16 * 32 + 256 * 32  # parameters of ours that are not the embedding's
+OTHERS = 24 * 32 * 32 + 28 * 32 + 16 * 32 + 256 * 32  # the number of our parameters without the embedding's
 
 
 @pytest.fixture
@@ -180,13 +203,21 @@ def test_the_shapes_to_measure(path):
     assert 'Hardware' in path.read_text().splitlines()[1]
 
 
+def fits_results(name, rows):
+    """Whether rows can be appended to results/bench/NAME.csv."""
+    header = (ROOT / 'results' / 'bench' / f'{name}.csv').read_text().splitlines()[0]
+    return header.endswith(',contestant,' + ','.join(list(rows[0])[1:]))
+
+
 def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setattr('bench.why_not_compile', lambda device: 'not in this test')
+    monkeypatch.chdir(peer)  # so that `import model` would find the peer's in the working directory
     config = TrainConfig(dataset=data_dir, **TINY)
-    rows = bench_step(config, BenchConfig(peer=peer, turns=3, turn_s=0.02))
+    rows = bench_step(config, BenchConfig(peer='.', turns=3, turn_s=0.02))
     assert [row['contestant'] for row in rows] == ['nanoP', 'nanoP without its rules', 'its products alone',
                                                   'peer, float32']
+    assert fits_results('steps', rows)
     for row in rows:
         parts = sum(row[f'{part}_ms'] for part in ('data', 'forward', 'backward', 'optimizer'))
         assert row['step_ms_min'] <= row['step_ms'] <= row['step_ms_max']
@@ -199,7 +230,7 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
             assert row['peak_mb'] > 100 and row['first_step_s'] > 0.5 and row['compile_s'] == ''
     model, _ = meta_model(config)
     products = 6 * 64 * (2 * 12 * 32 * 32 + 256 * 32) / rows[2]['step_ms'] * 1e3
-    assert rows[0]['flops_per_s'] == pytest.approx(64e3 * model.flops_per_token() / rows[0]['step_ms'])
+    assert rows[0]['flops_per_s'] == pytest.approx(64e3 * flops_per_token(model) / rows[0]['step_ms'])
     assert rows[0]['of_products_frac'] == pytest.approx(rows[0]['flops_per_s'] / products)
     assert rows[2]['step_ms'] < rows[0]['step_ms']
     out = capsys.readouterr().out
@@ -214,12 +245,30 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
 
 def test_a_peer_that_cannot_be_compared_is_a_line(data_dir, peer, monkeypatch):
     monkeypatch.setattr('bench.why_not_compile', lambda device: 'not in this test')
+    monkeypatch.setattr('bench.contestants_of', lambda *args: list(contestants_of(*args))[-1:])  # the peer alone
     for changes, message in ((dict(head_dim=32), 'peer, float32 ended.*AssertionError'),
                              (dict(tie_weights=True), 'has 42,368 parameters here, nanoP 34,176'),
-                             (dict(batch_tokens=72), 'batch_tokens=72 is no multiple of block_size=16'),
+                             (dict(batch_tokens=72), 'batch_tokens=72 is not a multiple of block_size=16'),
                              (dict(recompute=True), 'not measured here')):
         with pytest.raises(UserError, match=message):
             bench_step(TrainConfig(dataset=data_dir, **{**TINY, **changes}), BenchConfig(peer=peer, turns=1))
+
+
+def test_the_command_appends_to_the_results(monkeypatch, tmp_path):
+    path = Path(shutil.copy(ROOT / 'results' / 'bench' / 'steps.csv', tmp_path))
+    before = path.read_text().splitlines()
+    columns = before[0].partition(',contestant,')[2].split(',')
+    monkeypatch.setattr('bench.bench_step', lambda config, settings: [dict.fromkeys(['contestant', *columns], 1 / 3)])
+    run_main(monkeypatch, str(ROOT / 'config' / 'bench_4x128.py'), f'--out_csv={path}', '--dtype=float32')
+    *kept, row = path.read_text().splitlines()
+    assert kept == before and ',4x128,4096,256,float32,True,,0.333333,' in row and torch.__version__ in row
+
+
+def test_a_table_leaves_out_figures_that_a_row_does_not_have(capsys):
+    speed = dict(nanop_is_faster_by=2, faster_by_min=1, faster_by_max=3)
+    print_table([dict(name='a', s=1.25, **speed), dict(name='long', s='', **speed)], {'': '{name}', 's': '{s:.1f}'})
+    assert capsys.readouterr().out.splitlines() == ['        s  nanoP is faster by', 'a     1.2  2.00x (1.00..3.00)',
+                                                    'long       2.00x (1.00..3.00)']
 
 
 def test_figures_of_two_kinds_do_not_share_a_file(tmp_path):
@@ -242,13 +291,40 @@ def test_sampling_beside_a_peer(data_dir, peer):
     assert [(row['batch_size'], row['new_tokens']) for row in rows[::4]] == [(1, 5), (1, 20), (3, 5), (3, 20)]
     assert {row['contestant'] for row in rows} == {'nanoP', 'without its cache', 'peer, as shipped', 'peer, float32'}
     assert all(row['same_tokens_frac'] == 1 and row['tokens_per_s'] > 0 for row in rows)
+    assert fits_results('sample', rows)
 
 
 def test_preparation_beside_a_loop(gpt2_tokenizer):
     rows = bench_prepare(TrainConfig(), BenchConfig(text_mb=1, turns=1))
     assert [row['text_mb'] for row in rows] == [1, 1] and all(row['tokens_per_s'] > 1e4 for row in rows)
+    assert fits_results('prepare', rows)
 
 
+def test_the_commands_of_a_sweep_benchmark(data_dir, monkeypatch):
+    """The same runs by train.py, sweep.py and a stack, without starting them."""
+    config, commands = TrainConfig(dataset=data_dir, max_iters=2, **TINY), []
+
+    def record(command, allowed=(0,)):
+        script, argv = Path(command[1]).name, command[2:]
+        assert allowed == ((0, 3) if script == 'train.py' else (0,))
+        if script == 'train.py':
+            run = read_config(argv)
+            assert run == replace(config, out_dir=run.out_dir, learning_rate=run.learning_rate)
+            commands.append((script, run.learning_rate))
+        else:
+            own, overrides = sweep.read_sweep(argv)
+            commands.append((script, own.stack, overrides['learning_rate']))
+        return len(commands), 0
+
+    monkeypatch.setattr('bench.timed', record)
+    rows = bench_sweep(config, BenchConfig(trials=2, turns=1))
+    rates = [4e-3, 4e-3 * 2 ** (1 / 8)]
+    assert commands == [*(('train.py', rate) for rate in rates), ('sweep.py', 0, rates), ('sweep.py', 2, rates)]
+    assert [row['seconds'] for row in rows] == [1 + 2, 3, 4] and rows[2]['nanop_is_faster_by'] == 4 / 3
+    assert fits_results('sweep', rows)
+
+
+@pytest.mark.slow
 def test_a_sweep_beside_a_process_for_each_trial(data_dir, capsys):
     rows = bench_sweep(TrainConfig(dataset=data_dir, max_iters=2, **TINY), BenchConfig(trials=2, turns=1))
     assert [row['contestant'] for row in rows] == ['a process a trial', 'sweep.py', 'sweep.py, stacked']

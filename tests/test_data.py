@@ -1,4 +1,5 @@
-"""Tests of the datasets: tokenizers, preparation against known counts, atomic writes, damaged folders."""
+"""Tests of datasets: tokenizers, preparation against known counts, atomic writes, damaged folders."""
+import errno
 import gzip
 import hashlib
 import json
@@ -8,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +26,24 @@ SHARED = ROOT.parent / 'shared' / 'data'
 SHAKESPEARE = SHARED / 'tinyshakespeare' / 'input.txt'
 
 
-def script(name):
-    return runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'))
+def script(name, run_name='not main'):
+    return runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'), run_name=run_name)
 
 
-def run_script(name, *args, **env):
+def in_subprocess(name, *args, cwd=None, **env):
     return subprocess.run([sys.executable, ROOT / 'data' / name / 'prepare.py', *map(str, args)], capture_output=True,
-                          text=True, env={**os.environ, **env})
+                          text=True, cwd=cwd, env={**os.environ, **env})
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """A function that runs data/NAME/prepare.py in this process. Returns (exit code, stdout, stderr)."""
+    def as_main(name, *args):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            script(name, '__main__')
+        return end.value.code, *capsys.readouterr()
+    return as_main
 
 
 def ids(folder, split):
@@ -84,13 +97,13 @@ def test_unknown_characters_are_named():
 
 
 def test_unknown_tokenizer():
-    with pytest.raises(UserError, match="tokenizer 'gpt22' is not known: use byte, char, .*gpt2"):
+    with pytest.raises(UserError, match="tokenizer='gpt22' is not allowed: use one of byte, char, .*gpt2"):
         get_tokenizer('gpt22')
 
 
 def test_gpt2_tokens(gpt2_tokenizer):
     tokens = gpt2_tokenizer.encode('Hello world<|endoftext|>').tolist()
-    assert tokens[:2] == [15496, 995] and 50256 not in tokens  # special tokens are not read out of text
+    assert tokens[:2] == [15496, 995] and 50256 not in tokens  # special tokens in a text are plain text
     assert prompt_ids(gpt2_tokenizer) == [50256]
     assert prompt_ids(ByteTokenizer()) == [10] and prompt_ids(CharTokenizer('abc')) == [0]
 
@@ -99,8 +112,21 @@ def test_gpt2_tokens(gpt2_tokenizer):
 # Preparation
 
 
+def test_help_from_another_folder(tmp_path, monkeypatch, run_script):
+    monkeypatch.chdir(tmp_path)
+    names = sorted(path.parent.name for path in (ROOT / 'data').glob('*/prepare.py'))
+    assert len(names) == 7
+    for name in names:
+        monkeypatch.setattr(sys, 'path', [path for path in sys.path if path not in ('', str(ROOT))])
+        code, out, err = run_script(name, '--help')
+        assert code == 0 and out.startswith('usage: ') and not err, name
+        assert sys.path[0] == str(ROOT), name  # the script finds nanop/
+    run = in_subprocess('slimpajama', '--help', cwd=tmp_path)
+    assert run.returncode == 0 and 'DKYoon/SlimPajama-6B at revision b5f90f4' in run.stdout, run.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_shakespeare_char_counts(tmp_path, shakespeare_file):
-    script('shakespeare_char')  # imports
     meta = writer.write_shakespeare(tmp_path, CharTokenizer.of, ['--input', str(shakespeare_file)])
     assert (meta['train_tokens'], meta['val_tokens'], meta['real_vocab_size']) == (1_003_854, 111_540, 65)
     assert meta['source_sha256'] == writer.SHAKESPEARE_SHA256
@@ -108,7 +134,7 @@ def test_shakespeare_char_counts(tmp_path, shakespeare_file):
 
 
 def test_shakespeare_gpt2_counts(tmp_path, shakespeare_file, gpt2_tokenizer):
-    run = run_script('shakespeare', '--input', shakespeare_file, '--out', tmp_path)
+    run = in_subprocess('shakespeare', '--input', shakespeare_file, '--out', tmp_path)
     assert run.returncode == 0, run.stderr
     meta = json.loads((tmp_path / 'meta.json').read_text())
     assert (meta['train_tokens'], meta['val_tokens']) == (301_966, 36_059)
@@ -117,13 +143,12 @@ def test_shakespeare_gpt2_counts(tmp_path, shakespeare_file, gpt2_tokenizer):
     assert Dataset(tmp_path).bytes_per_token == meta['bytes_per_token']
 
 
-def test_another_shakespeare_is_refused(tmp_path):
+def test_another_shakespeare_is_refused(tmp_path, run_script):
     (tmp_path / 'input.txt').write_text('To be, or not to be')
-    run = run_script('shakespeare_char', '--input', tmp_path / 'input.txt', '--out', tmp_path / 'out')
-    assert run.returncode == 2 and 'is not the well-known text (19 bytes' in run.stderr
-    assert 'Traceback' not in run.stderr and not (tmp_path / 'out').exists()
-    run = run_script('shakespeare_char', '--input', tmp_path / 'nothing.txt')
-    assert run.returncode == 2 and 'cannot be read' in run.stderr and 'Traceback' not in run.stderr
+    for name, message in (('input.txt', 'is not tiny Shakespeare (19 bytes'), ('nothing.txt', 'cannot be read')):
+        code, _, err = run_script('shakespeare_char', '--input', tmp_path / name, '--out', tmp_path / 'out')
+        assert code == 2 and message in err and err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
 
 
 def test_stdlib(tmp_path):
@@ -137,7 +162,7 @@ def test_stdlib(tmp_path):
         assert 'test' not in path.parts and 'site-packages' not in path.parts and '_sysconfigdata' not in path.name
     val = b''.join(path.read_bytes() for path in files[19::20])
     assert ids(tmp_path, 'val').astype(np.uint8).tobytes() == val
-    assert prepare['prepare'](tmp_path) == meta  # the same again
+    assert prepare['prepare'](tmp_path) == meta  # again, over the first
 
 
 def test_text_of_every_kind(tmp_path, pyarrow):
@@ -202,7 +227,7 @@ def test_text_in_pieces_and_processes_gives_the_tokens_of_the_whole(tmp_path, gp
     (['bad.txt.gz'], "'bad.txt.gz' cannot be read"),
     (['empty.txt'], 'no text for train.bin'),
     (['good.txt', '--val_frac=2'], '--val_frac=2.0 is not allowed'),
-    (['good.txt', '--tokenizer=bytes'], "tokenizer 'bytes' is not known"),
+    (['good.txt', '--tokenizer=bytes'], "tokenizer='bytes' is not allowed"),
 ])
 def test_bad_text(tmp_path, arguments, message, monkeypatch, pyarrow):
     monkeypatch.chdir(tmp_path)
@@ -216,7 +241,7 @@ def test_bad_text(tmp_path, arguments, message, monkeypatch, pyarrow):
     with pytest.raises(UserError) as error:
         script('text')['prepare']([*arguments, f'--out={out}'])
     assert message in str(error.value) and '\n' not in str(error.value)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # what was good is still there
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # the old dataset is still there
 
 
 def test_vocabularies_beyond_uint16_get_uint32(tmp_path):
@@ -246,25 +271,25 @@ def local_parquet(tmp_path, pyarrow):
 
 
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb', 'slimpajama'])
-def test_parquet_sets(tmp_path, name, gpt2_tokenizer, local_parquet):
+def test_parquet_sets(tmp_path, name, gpt2_tokenizer, local_parquet, run_script):
     local_parquet([['first document', 'second one', ''], ['third <|endoftext|> text']])
-    run = run_script(name, '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out', '--workers=1')
-    assert run.returncode == 0, run.stderr
-    end = [gpt2_tokenizer.end_of_text]
+    code, _, err = run_script(name, '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out', '--workers=1')
+    assert code == 0, err
 
     def encode(text):
-        return gpt2_tokenizer.encode(text).tolist() + end
-    assert ids(tmp_path / 'out', 'train').tolist() == encode('second one') + end
+        return gpt2_tokenizer.encode(text).tolist() + [gpt2_tokenizer.end_of_text]
+    assert ids(tmp_path / 'out', 'train').tolist() == encode('second one') + encode('')
     assert ids(tmp_path / 'out', 'val').tolist() == encode('first document') + encode('third <|endoftext|> text')
     assert Dataset(tmp_path / 'out').bytes_per_token == len('first documentthird <|endoftext|> text') / len(
         ids(tmp_path / 'out', 'val'))
     assert not (tmp_path / 'out' / 'shards').exists()
 
 
-def test_a_bad_parquet_file_is_one_line(tmp_path, pyarrow):
+def test_a_bad_parquet_file_is_one_line(tmp_path, pyarrow, run_script):
     pyarrow.parquet.write_table(pyarrow.table({'body': ['x']}), tmp_path / 'a.parquet')
-    run = run_script('fineweb', '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out', '--tokenizer=byte')
-    assert run.returncode == 2 and "a.parquet' cannot be read" in run.stderr and 'Traceback' not in run.stderr
+    code, _, err = run_script('fineweb', '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out',
+                              '--tokenizer=byte')
+    assert code == 2 and "a.parquet' cannot be read" in err and 'Traceback' not in err
     assert not list((tmp_path / 'out').glob('*.tmp*'))
 
 
@@ -275,7 +300,7 @@ def test_an_error_while_processes_tokenise_does_not_hang(gpt2_tokenizer, tmp_pat
         raise UserError('enough')
     with pytest.raises(UserError, match='enough'):
         writer.write_dataset(tmp_path, documents(), gpt2_tokenizer, 'test', workers=2)
-    for _ in writer.tokenised(documents(), gpt2_tokenizer, 2):
+    for _ in writer.tokenized(documents(), gpt2_tokenizer, 2):
         break  # a reader that stops early
     assert not list(tmp_path.iterdir())
 
@@ -286,8 +311,8 @@ def test_a_killed_process_is_one_line(gpt2_tokenizer):
             yield 'train', 'word ' * (writer.PIECE_CHARS // 5), True
             if number == 10:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match='a process that tokenised was killed.*fewer --workers'):
-        list(writer.tokenised(documents(), gpt2_tokenizer, 2))
+    with pytest.raises(UserError, match='a tokenizing process was killed.*fewer --workers'):
+        list(writer.tokenized(documents(), gpt2_tokenizer, 2))
 
 
 def test_parquet_sets_go_on_after_a_stop(tmp_path, monkeypatch, local_parquet):
@@ -320,11 +345,22 @@ def test_parquet_sets_go_on_after_a_stop(tmp_path, monkeypatch, local_parquet):
 
 
 def test_no_network_is_one_line(tmp_path):
-    run = run_script('fineweb', '--out', tmp_path, TIKTOKEN_CACHE_DIR=os.environ.get('TIKTOKEN_CACHE_DIR', ''),
-                     HF_HUB_OFFLINE='1')
+    run = in_subprocess('fineweb', '--out', tmp_path, TIKTOKEN_CACHE_DIR=os.environ.get('TIKTOKEN_CACHE_DIR', ''),
+                        HF_HUB_OFFLINE='1')
     assert run.returncode == 2 and 'Traceback' not in run.stderr
     assert run.stderr.count('error: ') == 1
     assert any(text in run.stderr for text in ('cannot be listed', 'could not be downloaded', 'pip install datasets'))
+
+
+def failing_after(calls, function, error):
+    """`function`, which raises `error` after this many calls."""
+    left = iter(range(calls))
+
+    def wrapped(*args):
+        if next(left, None) is None:
+            raise error
+        return function(*args)
+    return wrapped
 
 
 def test_a_stopped_preparation_leaves_no_half_dataset(tmp_path, monkeypatch):
@@ -332,29 +368,27 @@ def test_a_stopped_preparation_leaves_no_half_dataset(tmp_path, monkeypatch):
     found = []
     for renames in range(4):
         small(tmp_path, train=b'old', val=b'old')
-        real, left = os.replace, [renames]
-
-        def replace(source, target, real=real, left=left):
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            real(source, target)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, 'replace', replace)
-            if renames < 3:
-                with pytest.raises(KeyboardInterrupt):
-                    small(tmp_path, train=b'newer', val=b'newer')
-            else:
-                small(tmp_path, train=b'newer', val=b'newer')
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if renames < 3 else nullcontext():
+            patch.setattr(os, 'replace', failing_after(renames, os.replace, KeyboardInterrupt))
+            small(tmp_path, train=b'newer', val=b'newer')
         try:
-            data = Dataset(tmp_path)
-            found.append(bytes(data.read('train', 0, data.num_tokens['train']).astype(np.uint8)))
-            assert np.array_equal(*(data.read(split, 0, data.num_tokens[split]) for split in ('train', 'val')))
+            found.append(text_of(tmp_path, 'train'))
+            assert text_of(tmp_path, 'val') == found[-1]
         except UserError as error:
             assert 'no dataset' in str(error)
             found.append(None)
         assert not list(tmp_path.glob('*.tmp*')) or renames < 3
-    assert found == [None, None, None, b'newer']
+    assert found == [None, None, None, 'newer']
+
+
+def test_a_full_disk_does_not_cost_the_old_dataset(tmp_path, monkeypatch):
+    small(tmp_path, train=b'old', val=b'old')
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    for written in range(3):  # of meta.json and the two files of ids
+        with monkeypatch.context() as patch, pytest.raises((OSError, UserError), match='No space left'):
+            patch.setattr(os, 'fsync', failing_after(written, os.fsync, full))
+            small(tmp_path, train=b'newer', val=b'newer')
+        assert text_of(tmp_path, 'train') == text_of(tmp_path, 'val') == 'old'
 
 
 # -----------------------------------------------------------------------------
@@ -362,25 +396,16 @@ def test_a_stopped_preparation_leaves_no_half_dataset(tmp_path, monkeypatch):
 
 
 def damage(folder, how):
-    meta_path = folder / 'meta.json'
-    meta = json.loads(meta_path.read_text())
-    if how == 'no meta':
-        meta_path.unlink()
-    elif how == 'half a meta':
-        meta_path.write_text(meta_path.read_text()[:40])
-    elif how == 'no dtype':
-        del meta['dtype']
-        meta_path.write_text(json.dumps(meta))
-    elif how == 'other dtype':
-        meta_path.write_text(json.dumps({**meta, 'dtype': 'int8'}))
-    elif how == 'a list':
-        meta_path.write_text('[]')
-    elif how == 'no val':
-        (folder / 'val.bin').unlink()
-    elif how == 'truncated':
-        os.truncate(folder / 'train.bin', 101)
-    elif how == 'empty':
-        os.truncate(folder / 'val.bin', 0)
+    path = folder / 'meta.json'
+    meta = json.loads(path.read_text())
+    {'no meta': path.unlink,
+     'half a meta': lambda: os.truncate(path, 40),
+     'no dtype': lambda: path.write_text(json.dumps({key: meta[key] for key in meta if key != 'dtype'})),
+     'other dtype': lambda: path.write_text(json.dumps({**meta, 'dtype': 'int8'})),
+     'a list': lambda: path.write_text('[]'),
+     'no val': (folder / 'val.bin').unlink,
+     'truncated': lambda: os.truncate(folder / 'train.bin', 101),
+     'empty': lambda: os.truncate(folder / 'val.bin', 0)}[how]()
 
 
 @pytest.mark.parametrize('how, message', [
@@ -420,7 +445,7 @@ def test_batches(tmp_path):
     assert not np.array_equal(starts, data.train_starts(2, 2, 64, 16))
     assert 0 <= starts.min() and starts.max() <= 1024 - 17
     reached = {start for step in range(300) for start in data.train_starts(0, step, 64, 1000).tolist()}
-    assert reached == set(range(1024 - 1000))  # first and last position, too
+    assert reached == set(range(1024 - 1000))  # also the first and the last position
     inputs, targets = data.batch('train', starts, 16, torch.device('cpu'))
     assert inputs.shape == targets.shape == (64, 16) and inputs.dtype == torch.int64
     assert torch.equal(targets, (inputs + 1) % 128)

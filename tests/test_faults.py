@@ -18,7 +18,8 @@ import torch
 from model import GPT
 from nanop import checkpoint, dataset, run_log
 from nanop.errors import UserError
-from nanop.files import StopSignals, lock
+from nanop.files import lock
+from nanop.run_log import StopSignals
 from train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def start(config, **options):
 
 def wait_for_step(config, step):
     end = time.monotonic() + 120
-    while not any(int(row['step']) >= step for row in run_log.read(config.out_dir)):
+    while not any(int(row['step']) >= step for row in run_log.read_metrics(config.out_dir)):
         assert time.monotonic() < end, 'the run did not get there'
         time.sleep(0.01)
 
@@ -50,7 +51,7 @@ class At:
 
     @property
     def received(self):
-        rows = run_log.read(self.config.out_dir)
+        rows = run_log.read_metrics(self.config.out_dir)
         return self.number if rows and int(rows[-1]['step']) >= self.step else None
 
 
@@ -87,17 +88,18 @@ def test_signals_finish_the_step_save_and_exit_with_their_code(tiny, number, cod
     assert process.returncode == code and 'Traceback' not in err, err
     path, state = checkpoint.newest(config.out_dir)
     assert f"stopped after {state['step']} steps, saved in {path}" in out
-    assert int(run_log.read(config.out_dir)[-1]['step']) == state['step'] - 1
+    assert int(run_log.read_metrics(config.out_dir)[-1]['step']) == state['step'] - 1
 
 
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     ended = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     monkeypatch.setattr(os, '_exit', ended.append)
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # the same one again, as torchrun passes it on
         assert stop.received == signal.SIGTERM and not ended
-        monkeypatch.setattr(faults, 'SAME_S', 0.0)
+        monkeypatch.setattr(run_log, 'SAME_S', 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGTERM and ended == [130]
     assert capsys.readouterr().out.count('SIGTERM: finishing the step') == 1
@@ -156,7 +158,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(tiny):
     assert {path: path.read_bytes() for path in before} == before
     assert not list(Path(tiny.out_dir).glob('*.tmp'))
     train(replace(tiny, init_from='resume'))
-    assert [row['step'] for row in run_log.read(tiny.out_dir)] == [str(step) for step in range(9)]
+    assert [row['step'] for row in run_log.read_metrics(tiny.out_dir)] == [str(step) for step in range(9)]
 
 
 def test_a_checkpoint_that_fails_behind_its_back_ends_the_run_at_once(tiny, monkeypatch):
@@ -166,7 +168,7 @@ def test_a_checkpoint_that_fails_behind_its_back_ends_the_run_at_once(tiny, monk
     monkeypatch.setattr(checkpoint.Writer, 'finish', no_space)
     with pytest.raises(UserError, match="ckpt_000000050' could not be written .*No space left on device.*make room"):
         train(replace(tiny, max_iters=500, eval_interval=50))
-    assert 49 <= int(run_log.read(tiny.out_dir)[-1]['step']) < 95
+    assert 49 <= int(run_log.read_metrics(tiny.out_dir)[-1]['step']) < 95
 
 
 def test_a_newer_checkpoint_that_was_passed_over_stays_and_counts_for_none(tiny):
@@ -196,7 +198,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tiny, monkeypatch
 
 def test_rows_that_were_cut_off_are_none(tmp_path):
     (tmp_path / 'metrics.csv').write_text('step,tokens,loss\n10,20,3.5\n11,2')
-    assert [row['step'] for row in run_log.read(tmp_path)] == ['10']
+    assert [row['step'] for row in run_log.read_metrics(tmp_path)] == ['10']
 
 
 def test_an_error_is_not_hidden_by_a_checkpoint_that_failed_too(tiny, monkeypatch, capsys):
@@ -218,11 +220,11 @@ def test_an_error_is_not_hidden_by_a_checkpoint_that_failed_too(tiny, monkeypatc
 def test_metrics_that_cannot_be_written(tiny, monkeypatch):
     log = run_log.Metrics  # its file is line by line, so that a full disk shows at the row
 
-    def write(self, row, note=''):
+    def write(self, row):
         self.file.close()
         self.file = open('/dev/full', 'w')
-        self.writer.writer = metrics.csv.writer(self.file)
-        original(self, row, note)
+        self.writer.writer = run_log.csv.writer(self.file)
+        original(self, row)
     original = log.write
     monkeypatch.setattr(log, 'write', write)
     with pytest.raises(UserError, match='out_dir=.* cannot be written .*No space left.*make room'):
@@ -283,18 +285,19 @@ def test_steps_with_a_large_gradient_are_skipped_when_asked(tiny, capsys):
     skipping = replace(tiny, overwrite=True, skip_grad_norm=limit)
     summary = train(skipping)
     worst = norms.index(max(norms))
-    after = [float(row['grad_norm']) for row in run_log.read(tiny.out_dir) if row['grad_norm']]
+    after = [float(row['grad_norm']) for row in run_log.read_metrics(tiny.out_dir) if row['grad_norm']]
     assert after[:worst + 1] == norms[:worst + 1] and summary['steps'] == 8 and summary['skipped_steps'] >= 1
     assert f'step {worst} skipped: gradient norm {max(norms):.4g} is above skip_grad_norm=' in capsys.readouterr().out
     summary = train(replace(skipping, skip_grad_norm=1e-9))
     assert summary['skipped_steps'] == 8
-    assert len({row['val_loss'] for row in run_log.read(tiny.out_dir) if row['val_loss']}) == 1  # no step, no change
+    losses = {row['val_loss'] for row in run_log.read_metrics(tiny.out_dir) if row['val_loss']}
+    assert len(losses) == 1  # no step, no change
     assert train(replace(tiny, overwrite=True))['skipped_steps'] == 0
 
 
 def rows_with_norm(config):
     train(config)
-    return [row for row in run_log.read(config.out_dir) if row['grad_norm']]
+    return [row for row in run_log.read_metrics(config.out_dir) if row['grad_norm']]
 
 
 def test_a_gradient_that_is_not_finite_still_stops_the_run(tiny, monkeypatch):

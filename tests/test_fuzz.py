@@ -1,7 +1,7 @@
 """
-Whatever is in the command line, the configs, the data and the checkpoints: a run works or ends with one line.
+For any command line, config, data and checkpoint, a run works or ends with an error of one line.
 
-FUZZ_EXAMPLES=500 python -m pytest -q test_fuzz.py tries as many cases in each test.
+FUZZ_EXAMPLES=500 python -m pytest -q tests/test_fuzz.py tries 500 cases in each test instead of a few dozen.
 """
 import contextlib
 import io
@@ -26,14 +26,14 @@ from train import TrainConfig, read_config, train
 
 MANY = settings(max_examples=int(os.environ.get('FUZZ_EXAMPLES', 30)), deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-# what would only make a case slow: every run has these, after what is tried
+# values that keep every case fast; they come last on the command line, so they override what is tried
 SMALL = dict(max_iters=2, eval_tokens=64, compile=False, device='cpu', wandb_log=False, tokens_per_param=0.0,
              sample_tokens=0, vocab_size=0, timeout_s=60)
 
 
 @pytest.fixture(scope='module')
 def good_run(tmp_path_factory):
-    """(folder of data, folder of a run with two checkpoints); both must come out of every case as they went in."""
+    """(folder of a dataset, folder of a run with two checkpoints); no case may change them."""
     folder = tmp_path_factory.mktemp('fuzz')
     text = 'the quick brown fox jumps over the lazy dog. ' * 40
     write_dataset(folder / 'data', [(split, text, True) for split in ('train', 'val')], ByteTokenizer(), 'fuzz',
@@ -53,7 +53,7 @@ def contents(*folders):
 
 @contextlib.contextmanager
 def at_most_a_user_error():
-    """Anything else that is raised fails the test; what is printed is kept to itself."""
+    """Accept a UserError of one line and hide the output. Any other exception fails the test."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             yield
@@ -92,7 +92,7 @@ def test_any_command_line_runs_or_says_why_not(good_run, changes):
         train(read_config([f'--{key}={value}' for key, value in SHAPE.items()] +
                           [f'--dataset={data}', f'--out_dir={run.parent / "other"}', '--overwrite=True', *changes,
                            *fixed]))
-    with at_most_a_user_error():  # on a folder that holds a run, and without leave to overwrite it
+    with at_most_a_user_error():  # in a folder that holds a run, without permission to overwrite it
         train(read_config([f'--dataset={data}', f'--out_dir={run}', *[change for change in changes if not any(
             word in change for word in ('overwrite', 'resume', 'auto'))], *fixed]))
     assert contents(data, run) == before
@@ -124,26 +124,25 @@ def test_any_config_file(tmp_path, text):
 
 @st.composite
 def damage(draw):
-    """A function from the bytes of a file to other ones."""
+    """A function that takes the bytes of a file and returns damaged ones, or None to remove the file."""
     how = draw(st.sampled_from(['flip', 'cut', 'grow', 'swap', 'zeros', 'gone']))
     where, what = draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 255))
 
     def apply(content):
         i = int(where * len(content))
-        if how == 'flip':
-            return content[:i] + bytes([content[i] ^ what]) + content[i + 1:]
-        if how == 'cut':
-            return content[:i]
-        if how == 'grow':
-            return content[:i] + bytes([what]) + content[i:]
-        if how == 'swap':
-            return content[i:] + content[:i]
-        return content[:i] + bytes(min(what, len(content) - i)) + content[i + what:] if how == 'zeros' else None
+        head, tail = content[:i], content[i:]
+        return dict(flip=head + bytes([tail[0] ^ what]) + tail[1:], cut=head, grow=head + bytes([what]) + tail,
+                    swap=tail + head, zeros=head + bytes(min(what, len(tail))) + tail[what:], gone=None)[how]
     return apply
 
 
+def fresh_copy(source, target):
+    shutil.rmtree(target, ignore_errors=True)
+    return shutil.copytree(source, target)
+
+
 def apply_to(path, change):
-    """Damages a file; whether it is another one now."""
+    """Damage a file. Returns whether its content changed."""
     before = path.read_bytes()
     after = change(before)
     if after is None:
@@ -156,9 +155,7 @@ def apply_to(path, change):
 @MANY
 @given(name=st.sampled_from(['meta.json', 'train.bin', 'val.bin']), change=damage())
 def test_any_damage_to_a_dataset(good_run, tmp_path, name, change):
-    folder = tmp_path / 'data'
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(good_run[0], folder)
+    folder = fresh_copy(good_run[0], tmp_path / 'data')
     apply_to(folder / name, change)
     with at_most_a_user_error():
         data = Dataset(folder)
@@ -176,9 +173,7 @@ JSON = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), 
 @MANY
 @given(change=st.one_of(JSON, st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3)))
 def test_any_value_in_meta_json(good_run, tmp_path, change):
-    folder = tmp_path / 'data'
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(good_run[0], folder)
+    folder = fresh_copy(good_run[0], tmp_path / 'data')
     meta = json.loads((folder / 'meta.json').read_text())
     (folder / 'meta.json').write_text(json.dumps({**meta, **change} if isinstance(change, dict) else change))
     with at_most_a_user_error():
@@ -190,16 +185,14 @@ def test_any_value_in_meta_json(good_run, tmp_path, change):
 @MANY
 @given(which=st.integers(0, 2), change=damage())
 def test_any_damage_to_a_checkpoint_is_seen(good_run, tmp_path, which, change):
-    """And the one before it is used, by training and by sampling, and left as it is."""
-    out_dir = tmp_path / 'run'
-    shutil.rmtree(out_dir, ignore_errors=True)
-    shutil.copytree(good_run[1], out_dir)
+    """Training and sampling then use the checkpoint before it and do not change that one."""
+    out_dir = fresh_copy(good_run[1], tmp_path / 'run')
     newest, before = checkpoint.find(out_dir)
     good = contents(before)
     changed = apply_to(sorted(newest.iterdir())[which], change)
     with at_most_a_user_error():
         path, state = checkpoint.newest(out_dir)
-        assert path == (before if changed else newest) and checkpoint.peek(out_dir)['step'] in (state['step'], 4)
+        assert path == (before if changed else newest) and checkpoint.read_state(out_dir)['step'] in (state['step'], 4)
         sample.load(sample.SampleConfig(out_dir=str(out_dir)))
         assert contents(before) == good
         train(read_config([f'--out_dir={out_dir}', '--init_from=resume']))

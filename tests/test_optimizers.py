@@ -9,7 +9,7 @@ from model import GPT, OPTIMIZERS, GPTConfig, Rule
 from nanop.errors import UserError
 from nanop.optimizers import Muon, orthogonalized
 from test_model import TINY, make, skip_without_its_package, train_steps
-from train import TrainConfig, at_length, num_steps, train
+from train import TrainConfig, num_steps, rescaled, train
 
 BIG = replace(TINY, n_layer=16, n_embd=128, parameterization='completep')  # m_N = 4, m_L = 8
 HIDDEN, VECTORS = ('hidden_weight', 'residual_proj'), ('block_norm', 'hidden_bias')
@@ -146,25 +146,25 @@ def test_golden_batch_and_duration(ratios, expected):
     (m_B, m_D), (lr, decay, eps, beta1, beta2, steps) = ratios, expected
     config = replace(BASE, batch_tokens=int(m_B * 16384), train_tokens=m_D * 16384 * 1000)
     assert num_steps(config, 10**6) == steps
-    c = at_length(config, steps)
+    c = rescaled(config, steps)
     assert (c.learning_rate, c.weight_decay, c.eps, c.beta1, c.beta2) == pytest.approx(
         (0.004 * lr, 0.1 * decay, 1e-8 * eps, beta1, beta2), rel=1e-12)
     assert c.learning_rate * c.weight_decay * steps == pytest.approx(0.004 * 0.1 * 1000)
     off = replace(config, base_batch_tokens=0, base_train_tokens=0)
-    assert at_length(off, steps) == off
+    assert rescaled(off, steps) == off
     if ratios == (1, 1):
-        assert at_length(config, steps) == config  # bit for bit
+        assert rescaled(config, steps) == config  # bit for bit
 
 
 def test_decay_by_time_scale_and_independent_decay():
     config = replace(BASE, weight_decay=0.0, tau_ema=0.1407, learning_rate=2**-8, max_iters=1144,
                      base_train_tokens=16384 * 1144)
-    assert at_length(config, 1144).weight_decay == pytest.approx(1.59045, rel=1e-5)
-    longer = at_length(config, 4 * 1144)  # tau is a fraction of the run
+    assert rescaled(config, 1144).weight_decay == pytest.approx(1.59045, rel=1e-5)
+    longer = rescaled(config, 4 * 1144)  # tau is a fraction of the run
     assert longer.weight_decay * longer.learning_rate * 4 * 1144 == pytest.approx(1 / 0.1407)
     config = replace(BASE, weight_decay=1e-4, weight_decay_mode='independent')
     for lr in (0.001, 0.1):
-        c = at_length(replace(config, learning_rate=lr), 1000)
+        c = rescaled(replace(config, learning_rate=lr), 1000)
         assert c.learning_rate * c.weight_decay == pytest.approx(1e-4)
         for name in ('adamw', 'lion', 'muon'):
             groups = groups_of(TINY, name, learning_rate=c.learning_rate, weight_decay=c.weight_decay, muon_mult=5.0)
@@ -173,24 +173,24 @@ def test_decay_by_time_scale_and_independent_decay():
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(batch_tokens=10 * 16384), 'beta1=0.9 has no counterpart there; their ratio must stay below 10'),
-    (dict(batch_tokens=24 * 16384, beta1=0.99), 'beta2=0.95 has no counterpart there; their ratio must stay below 20'),
-    (dict(batch_tokens=12 * 16384, beta2=0.5), 'beta2=0.5 has no counterpart there; their ratio must stay below 2'),
+    (dict(batch_tokens=10 * 16384), 'beta1=0.9 has no counterpart there; keep their ratio below 10'),
+    (dict(batch_tokens=24 * 16384, beta1=0.99), 'beta2=0.95 has no counterpart there; keep their ratio below 20'),
+    (dict(batch_tokens=12 * 16384, beta2=0.5), 'beta2=0.5 has no counterpart there; keep their ratio below 2'),
 ])
 def test_a_batch_without_betas_is_an_error(changes, message):
     config = replace(BASE, train_tokens=16384 * 1000, **changes)
     with pytest.raises(UserError) as error:
-        at_length(config, num_steps(config, 1))
+        rescaled(config, num_steps(config, 1))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(train_tokens=1000, tokens_per_param=1.0), 'train_tokens=1000 and tokens_per_param=1.0 both set the duration'),
-    (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'), 'need learning_rate > 0'),
-    (dict(optimizer='lion', base_batch_tokens=8192), "have rules for AdamW, not for optimizer='lion'"),
-    (dict(base_batch_tokens=8192), 'base_batch_tokens needs a duration in tokens, from which the steps follow'),
-    (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' decays through its momentum"),
-    (dict(optimizer='muon', parallel='fsdp'), "optimizer='muon' needs whole matrices, parallel='fsdp' shards them"),
+    (dict(train_tokens=1000, tokens_per_param=1.0), 'train_tokens=1000 is not allowed: tokens_per_param=1.0 sets the duration, too'),
+    (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'), 'learning_rate=0.0 is not allowed: tau_ema and independent weight decay divide by it'),
+    (dict(optimizer='lion', base_batch_tokens=8192), "optimizer='lion' is not allowed: base_batch_tokens and base_train_tokens have rules for adamw only"),
+    (dict(base_batch_tokens=8192), 'base_batch_tokens=8192 is not allowed: it needs a duration in tokens'),
+    (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' is not allowed: it decays through its momentum"),
+    (dict(optimizer='muon', parallel='fsdp'), "optimizer='muon' is not allowed: it needs whole matrices and parallel='fsdp' shards them"),
 ])
 def test_what_does_not_go_together(changes, message):
     with pytest.raises(UserError) as error:
@@ -211,9 +211,9 @@ def test_another_optimizers_state_is_an_error_not_a_damaged_checkpoint(tiny):
 
 def test_zero_is_a_beta_and_a_learning_rate():
     config = TrainConfig(beta1=0.0, beta2=0.0)
-    assert at_length(config, 10) == config
+    assert rescaled(config, 10) == config
     config = TrainConfig(learning_rate=0.0, weight_decay_mode='independent')
-    assert at_length(config, 10).weight_decay == 0
+    assert rescaled(config, 10).weight_decay == 0
     for name in OPTIMIZERS:
         assert {group['lr'] for group in groups_of(TINY, name, learning_rate=0.0).values()} == {0.0}
 
@@ -223,6 +223,6 @@ def test_a_run_says_what_it_derived(tiny, capsys):
     train(replace(tiny, weight_decay=0.1, **tokens))
     # batch 4, duration as it is: by hand from Table 1 of arXiv:2512.22382
     values = 'learning_rate 0.02, weight_decay 0.2, eps 5e-09, beta1 0.6, beta2 0.8\n'
-    assert f'batch and duration against the base: {values}' in capsys.readouterr().out
+    assert f'batch and duration differ from the base: {values}' in capsys.readouterr().out
     train(replace(tiny, max_iters=2, out_dir=''))
-    assert 'against the base: learning_rate' not in capsys.readouterr().out
+    assert 'from the base: learning_rate' not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests of sweep.py, stack.py and sweep_report.py: stacked runs, the queue and its workers, the report's figures."""
+"""Tests of sweep.py and its modules in tools/: stacked runs, points, queue and workers, searches, the report."""
 import collections
 import contextlib
 import json
@@ -19,14 +19,15 @@ import pytest
 import sqlalchemy
 import torch
 
-import sweep
 from configurator import configure
 from model import PARAMETERIZATIONS, Block
 from nanop.errors import UserError
-from sweep import Plan, SweepConfig, digest, drawn, enqueue, open_study, trials_of
-from tools import stack
-from tools.stack import train_stack, why_not_stack
-from tools.sweep_report import Report, compare, curve_of, optimum, read_csv, write_csv
+from sweep import TUNED, SweepConfig, main, read_sweep
+from tools import sweep_queue
+from tools.stack import stack_size, train_stack, why_not_stack
+from tools.sweep_points import Sweep, digest, random_settings
+from tools.sweep_queue import enqueue, open_study, trials_of
+from tools.sweep_report import SweepReport, compare, curve_of, optimum, read_trials, write_trials
 from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,17 +44,22 @@ def tiny(data_dir):
 
 @pytest.fixture
 def sweep_main(tmp_path, tiny, monkeypatch, capfd):
-    """Runs sweep.main() in this process with one worker; returns (exit code or UserError, its output)."""
-    def main(*flags, out_dir=tmp_path / 'sweep', **keys):
+    """Runs sweep.py's main() in this process with one worker; returns (exit code or UserError, its output)."""
+    def call(*flags, out_dir=tmp_path / 'sweep', plots=False, **keys):
         texts = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
                  for key, value in {**tiny, 'workers': 1, 'out_dir': out_dir, **keys}.items()]
-        monkeypatch.setattr(sys, 'argv', ['sweep.py', *texts, *flags])
-        try:
-            code = sweep.main()
-        except UserError as error:
-            code = error
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'argv', ['sweep.py', *texts, *flags])
+            patch.setattr(os, 'sched_getaffinity', lambda pid: {0}, raising=False)  # one thread
+            if not plots:  # they take longer than the runs
+                patch.setattr(SweepReport, 'plot', lambda *args: None)
+                patch.setattr(SweepReport, 'plot_shapes', lambda *args: None)
+            try:
+                code = main()
+            except UserError as error:
+                code = error
         return code, capfd.readouterr().out
-    return main
+    return call
 
 
 def in_threads(count, call):
@@ -65,7 +71,7 @@ def in_threads(count, call):
 
 
 def rows_in(out_dir):
-    return read_csv(Path(out_dir) / 'trials.csv', {key: type(getattr(TrainConfig, key))
+    return read_trials(Path(out_dir) / 'trials.csv', {key: type(getattr(TrainConfig, key))
                                                    for key in TrainConfig.__dataclass_fields__})
 
 
@@ -73,15 +79,17 @@ def rows_in(out_dir):
 # Stacked runs
 
 
-@pytest.mark.parametrize('changes', [dict(), dict(tie_weights=True), dict(bias=False),
-                                     dict(density=0.5, parameterization='completep_supar'),
-                                     dict(n_kv_head=1, pos='rope', norm='rmsnorm', activation='swiglu'),
-                                     dict(weight_decay_mode='independent', base_train_tokens=12800),
-                                     dict(pos='alibi', optimizer='sgd')])
-def test_stacked_runs_are_single_runs(tiny, changes):
-    """50 steps in one batched model end at the losses of 50 steps each alone; one that diverges leaves others be."""
-    one = TrainConfig(**{**tiny, 'out_dir': '', 'max_iters': 50, 'n_layer': 3, 'base_n_embd': 16, 'batch_size': 4,
-                         'learning_rate': 1e-2, 'base_head_dim': 8, 'eval_interval': 50, **changes})
+STACKED = [dict(), dict(tie_weights=True), dict(bias=False), dict(density=0.5, parameterization='completep_supar'),
+           dict(n_kv_head=1, pos='rope', norm='rmsnorm', activation='swiglu'),
+           dict(weight_decay_mode='independent', base_train_tokens=3840), dict(pos='alibi', optimizer='sgd')]
+
+
+@pytest.mark.parametrize('changes', STACKED)
+def test_stacked_runs_are_single_runs(tiny, changes, steps=15):
+    """Runs in one batched model end at the losses of the same runs alone; a run that diverges does not disturb others.
+    """
+    one = TrainConfig(**{**tiny, 'out_dir': '', 'max_iters': steps, 'n_layer': 3, 'base_n_embd': 16, 'batch_size': 4,
+                         'learning_rate': 1e-2, 'base_head_dim': 8, 'eval_interval': steps, **changes})
     configs = [
         one,
         replace(one, learning_rate=1e30, grad_clip=0.0),
@@ -101,11 +109,17 @@ def test_stacked_runs_are_single_runs(tiny, changes):
     assert len({round(summary['val_loss'], 4) for summary in stacked}) == 5  # they do differ
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', STACKED)
+def test_long_stacked_runs_are_single_runs(tiny, changes):
+    test_stacked_runs_are_single_runs(tiny, changes, steps=50)
+
+
 @pytest.mark.parametrize('changes, reason', [
     (dict(), None), (dict(dropout=0.1), 'dropout'), (dict(dtype='bfloat16'), 'bfloat16 on a CPU'),
-    (dict(qk_norm=True), 'a norm after the query'), (dict(optimizer='muon'), 'muon takes'),
+    (dict(qk_norm=True), 'qk_norm removes the factor'), (dict(optimizer='muon'), 'muon takes'),
     (dict(optimizer='lion'), 'lion takes'),
-    (dict(skip_grad_norm=5.0), 'left out by the norm of one run')])
+    (dict(skip_grad_norm=5.0), 'a step of one run only')])
 def test_what_cannot_be_stacked_says_why(tiny, changes, reason):
     why = why_not_stack(TrainConfig(**{**tiny, **changes}))
     assert why is None if reason is None else reason in why
@@ -130,24 +144,25 @@ def test_sweep_in_stacks_equals_one_by_one(sweep_main, tmp_path):
 
 
 def test_equal_points_are_one_run(tiny):
-    """At the base shape all parameterizations are one run, over depth sp and mup are, and the runs are equal indeed."""
-    plan = Plan(SweepConfig(), {**tiny, 'parameterization': ['sp', 'mup', 'depth_mup', 'completep'], 'n_layer': [2, 4],
-                                'seed': [1, 2]})
-    assert len(plan.points) == 16 and len({digest(config) for config in plan.configs}) == 2 * (1 + 3)
+    """At the base shape all parameterizations are one run, and over depth sp and mup; such runs have equal losses."""
+    sweep = Sweep(SweepConfig(), {**tiny, 'parameterization': ['sp', 'mup', 'depth_mup', 'completep'],
+                                  'n_layer': [2, 4], 'seed': [1, 2]})
+    assert len(sweep.points) == 16 and len({digest(config) for config in sweep.configs}) == 2 * (1 + 3)
     by_run = collections.defaultdict(list)
-    for config in plan.configs:
+    for config in sweep.configs:
         by_run[digest(config)].append(config)
-    losses = {run: {train(config)['val_loss'] for config in configs} for run, configs in by_run.items()}
+    losses = {run: {train(config)['val_loss'] for config in configs} for run, configs in by_run.items()
+              if configs[0].seed == 1}
     assert all(len(same) == 1 for same in losses.values())
     assert len(set.union(*losses.values())) == len(losses)
 
 
 def test_shapes_go_together(tiny):
-    plan = Plan(SweepConfig(shapes=[dict(n_layer=2, density=1), dict(n_layer=4, density=0.5)]),
+    sweep = Sweep(SweepConfig(shapes=[dict(n_layer=2, density=1), dict(n_layer=4, density=0.5)]),
                 {**tiny, 'parameterization': ['sp', 'supar']})
-    assert [(model['parameterization'], model['n_layer'], model['density']) for model in plan.models] == \
+    assert [(model['parameterization'], model['n_layer'], model['density']) for model in sweep.models] == \
         [('sp', 2, 1.0), ('sp', 4, 0.5), ('supar', 2, 1.0), ('supar', 4, 0.5)]
-    assert {type(model['density']) for model in plan.models} == {float}
+    assert {type(model['density']) for model in sweep.models} == {float}
 
 
 def test_a_run_is_known_by_all_that_changes_it(tiny):
@@ -162,8 +177,8 @@ def test_a_run_is_known_by_all_that_changes_it(tiny):
 def test_random_points_are_log_uniform_and_the_first_ones_stay():
     axes = dict(learning_rate=[2**-12, 2**-4], batch_tokens=[256, 4352], schedule=['linear', 'cosine'],
                 final_lr_frac=[0., 1.])
-    points = drawn(axes, 2000, seed=1)
-    assert points[:10] == drawn(axes, 10, seed=1) != drawn(axes, 10, seed=2)
+    points = random_settings(axes, 2000, seed=1)
+    assert points[:10] == random_settings(axes, 10, seed=1) != random_settings(axes, 10, seed=2)
     logs = np.array([math.log2(point['learning_rate']) for point in points])
     assert logs.min() > -12.01 and logs.max() < -3.99
     counts = np.histogram(logs, bins=8, range=(-12, -4))[0]
@@ -176,7 +191,7 @@ def test_random_points_are_log_uniform_and_the_first_ones_stay():
 @pytest.mark.parametrize('keys, words', [
     (dict(n_embd=[32, 40]), 'n_embd=40 is not allowed: use a multiple of head_dim=16 (in n_layer=2, n_embd=40'),
     (dict(parameterization=['sp', 'mu']), "parameterization='mu' is not allowed"),
-    (dict(batch_tokens=[128, 130]), 'batch_tokens=130 is no multiple of block_size=16'),
+    (dict(batch_tokens=[128, 130]), 'batch_tokens=130 is not a multiple of block_size=16'),
     (dict(out_dir=['a', 'b']), 'out_dir must be str'),
     (dict(dtype=['float32', 'float32']), 'holds a value twice'),
     (dict(init_from=['scratch', 'gpt2']), 'init_from cannot be swept'),
@@ -187,7 +202,7 @@ def test_random_points_are_log_uniform_and_the_first_ones_stay():
     (dict(shapes=[dict(n_layer=2)], n_layer=[2, 4]), 'n_layer cannot be in shapes: it has a list of its own'),
     (dict(shapes=[dict(seed=2)]), 'seed cannot be in shapes'),
     (dict(lerning_rate=[0.1]), "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
-    (dict(search='best'), "search='best' is not known"),
+    (dict(search='best'), "search='best' is not allowed: use one of grid, random, tpe"),
     (dict(search='tpe', n_layer=[2, 4], learning_rate=[0.1, 0.2]), 'tunes one model, this is 2'),
     (dict(search='random'), 'has nothing to search'),
     (dict(n_layer=[2, 'four']), 'n_layer must be int'),
@@ -199,18 +214,17 @@ def test_mistakes_are_one_line_and_change_nothing(tiny, tmp_path, keys, words):
     file = tmp_path / 'sweep_mistake.py'
     file.write_text('\n'.join(f'{key} = {value!r}' for key, value in {**tiny, **keys}.items()))
     with pytest.raises(UserError) as error:
-        config, overrides = sweep.read_sweep([str(file), f'--out_dir={tmp_path}'][:1 + ('out_dir' not in keys)])
-        Plan(config, overrides)
+        config, overrides = read_sweep([str(file), f'--out_dir={tmp_path}'][:1 + ('out_dir' not in keys)])
+        Sweep(config, overrides)
         open_study(config)
     assert words in str(error.value) and '\n' not in str(error.value)
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_mistake_on_the_command_line_ends_with_2(tmp_path):
-    for flags in (['--lerning_rate=1'], ['--n_embd=32,40', '--head_dim=16'], [f'--storage=sqlite:///{tmp_path}/no/a.db']):
-        done = subprocess.run([sys.executable, ROOT / 'sweep.py', f'--out_dir={tmp_path}/out', *flags],
-                              capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
+    done = subprocess.run([sys.executable, ROOT / 'sweep.py', f'--out_dir={tmp_path}/out', '--n_embd=32,40',
+                           '--head_dim=16'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
 
 
 # -----------------------------------------------------------------------------
@@ -219,9 +233,9 @@ def test_a_mistake_on_the_command_line_ends_with_2(tmp_path):
 
 def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(sweep, 'train', lambda config: trained.append(config) or train(config))
+    monkeypatch.setattr(sweep_queue, 'train', lambda config: trained.append(config) or train(config))
     keys = dict(parameterization=['sp', 'completep'], n_layer=[2, 4], learning_rate=[0.001, 0.01, 0.1, 1e30], seed=1)
-    code, out = sweep_main(**keys, grad_clip=0.0)
+    code, out = sweep_main(**keys, grad_clip=0.0, plots=True)
     assert code == 0 and len(trained) == 12 and '4 model(s) x 4 = 16 points, 12 different runs, 12 to do' in out
     rows = rows_in(tmp_path / 'sweep')
     assert len(rows) == 16
@@ -272,19 +286,19 @@ def test_a_run_that_fails_is_said_and_run_again(sweep_main, tmp_path, monkeypatc
         if config.learning_rate == 0.01:
             raise RuntimeError('CUDA out of memory.\nTried to allocate')
         return train(config)
-    monkeypatch.setattr(sweep, 'train', fail_at_one_rate)
+    monkeypatch.setattr(sweep_queue, 'train', fail_at_one_rate)
     keys = dict(learning_rate=[0.001, 0.01, 0.1])
     assert sweep_main(**keys)[0] == 1
     assert [row['learning_rate'] for row in rows_in(tmp_path / 'sweep')] == [0.001, 0.1]
-    monkeypatch.setattr(sweep, 'train', train)
+    monkeypatch.setattr(sweep_queue, 'train', train)
     assert sweep_main(**keys)[0] == 0 and len(rows_in(tmp_path / 'sweep')) == 3
 
 
 def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
     """SQLite on its own hands some trials to two workers."""
     config = SweepConfig(out_dir=str(tmp_path))
-    plan = Plan(config, {**tiny, 'learning_rate': [0.001 * k for k in range(1, 61)]})
-    enqueue(open_study(config), plan, config.out_dir)
+    sweep = Sweep(config, {**tiny, 'learning_rate': [0.001 * k for k in range(1, 61)]})
+    enqueue(open_study(config), sweep, config.out_dir)
     taken, start = collections.Counter(), threading.Barrier(4)
 
     def pop():
@@ -292,7 +306,7 @@ def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
         start.wait()
         while trials_of(study, WAITING):
             with contextlib.ExitStack() as beats:
-                sweep.take(study, plan, config, 'cpu', trials := [], beats)
+                sweep_queue.take(study, sweep, trials := [], beats)
                 taken.update(trial.number for trial in trials)
                 for trial in trials:
                     study.tell(trial, 1.0)
@@ -303,42 +317,50 @@ def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
 def test_the_same_point_queued_twice_runs_once(tiny, tmp_path):
     """As when two machines start the same sweep at the same moment."""
     config = SweepConfig(out_dir=str(tmp_path))
-    plan = Plan(config, {**tiny, 'learning_rate': [0.001, 0.01]})
+    sweep = Sweep(config, {**tiny, 'learning_rate': [0.001, 0.01]})
     study = open_study(config)
-    enqueue(study, plan, config.out_dir)
+    enqueue(study, sweep, config.out_dir)
     for trial in trials_of(study):
         study.add_trial(optuna.create_trial(state=WAITING, params=trial.params,
                                             distributions=trial.distributions, user_attrs=trial.user_attrs))
-    sweep.work(config, {**tiny, 'learning_rate': [0.001, 0.01]}, 'cpu', 0)
+    sweep_queue.work(config, {**tiny, 'learning_rate': [0.001, 0.01]}, 'cpu', 0)
     assert [trial.number for trial in trials_of(study, COMPLETE)] == [0, 1]
 
 
 def test_a_worker_that_died_before_its_first_heartbeat_is_noticed(sweep_main, tiny, tmp_path):
-    keys = dict(learning_rate=[0.001, 0.01], heartbeat_s=1)
-    config = SweepConfig(out_dir=str(tmp_path / 'sweep'))
+    """And one that died later: the trials of both are run again, once."""
+    rates = [0.001, 0.01, 0.1]
+    config = SweepConfig(out_dir=str(tmp_path / 'sweep'), heartbeat_s=1)
     (tmp_path / 'sweep').mkdir()
-    enqueue(open_study(config), Plan(config, {**tiny, 'learning_rate': [0.001, 0.01]}), config.out_dir)
-    assert open_study(config).ask().number == 0
-    code, out = sweep_main(**keys)
-    assert code == 0 and len(rows_in(tmp_path / 'sweep')) == 2
+    study = open_study(config)
+    enqueue(study, Sweep(config, {**tiny, 'learning_rate': rates}), config.out_dir)
+    assert study.ask().number == 0
+    later = study.ask()
+    study._storage.record_heartbeat(later._trial_id)
+    later.set_user_attr('worker', 'host:1')
+    assert sweep_main(learning_rate=rates, heartbeat_s=1)[0] == 0
+    assert [row['learning_rate'] for row in rows_in(tmp_path / 'sweep')] == rates
+    finished = trials_of(study, COMPLETE)
+    assert sorted(trial.params['learning_rate'] for trial in finished) == rates
+    assert sorted(trial.system_attrs.get('failed_trial', -1) for trial in finished) == [-1, 0, 1]
 
 
 def test_what_is_interrupted_is_run_at_once_by_the_next_start(sweep_main, tmp_path, monkeypatch):
     def interrupt(config):
         raise KeyboardInterrupt
     keys = dict(learning_rate=[0.001, 0.01], n_layer=[2, 4], stack=4)
-    monkeypatch.setattr(sweep, 'train_stack', interrupt)
+    monkeypatch.setattr(sweep_queue, 'train_stack', interrupt)
     with pytest.raises(KeyboardInterrupt):
         sweep_main(**keys)
     assert trials_of(open_study(SweepConfig(out_dir=str(tmp_path / 'sweep'))), RUNNING) == []
-    monkeypatch.setattr(sweep, 'train_stack', train_stack)
+    monkeypatch.setattr(sweep_queue, 'train_stack', train_stack)
     assert sweep_main(**keys)[0] == 0 and len(rows_in(tmp_path / 'sweep')) == 4
 
 
 def test_a_stack_that_fails_goes_one_by_one(sweep_main, tmp_path, monkeypatch, capfd):
     def out_of_memory(configs):
         raise RuntimeError('CUDA out of memory.')
-    monkeypatch.setattr(sweep, 'train_stack', out_of_memory)
+    monkeypatch.setattr(sweep_queue, 'train_stack', out_of_memory)
     assert sweep_main(learning_rate=[0.001, 0.01], stack=2)[0] == 0
     assert {row['stack'] for row in rows_in(tmp_path / 'sweep')} == {None}
 
@@ -364,6 +386,19 @@ def test_a_storage_that_another_process_is_making_is_tried_again(tmp_path, monke
     assert open_study(SweepConfig(out_dir=str(tmp_path))).trials == [] and len(tries) == 2
 
 
+def test_two_processes_share_a_sweep(tiny, tmp_path):
+    """The workers of a script are processes, which import what they run from tools/."""
+    flags = [f'--{key}={value}' for key, value in tiny.items()]
+    done = subprocess.run([sys.executable, ROOT / 'sweep.py', *flags, '--learning_rate=0.001,0.01,0.1,1', '--workers=2',
+                           f'--out_dir={tmp_path}/sweep'], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and '2 workers' in done.stdout, done.stderr
+    assert [row['learning_rate'] for row in rows_in(tmp_path / 'sweep')] == [0.001, 0.01, 0.1, 1.0]
+    workers = [trial.user_attrs['worker'] for trial in open_study(SweepConfig(out_dir=f'{tmp_path}/sweep')).trials]
+    assert not any(worker.endswith(f':{os.getpid()}') for worker in workers)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('pgrep'), reason='finds the worker with pgrep')
 def test_a_killed_worker_costs_nothing(tiny, tmp_path):
     """Three workers, one killed with SIGKILL in a run: every point is finished exactly once."""
@@ -397,16 +432,16 @@ def test_a_killed_worker_costs_nothing(tiny, tmp_path):
 
 
 def test_a_model_is_compiled_once_for_many_runs(sweep_main, monkeypatch):
-    """A graph to train and one to validate for each of 6 multipliers, more than torch keeps by default, in 22 runs."""
+    """A graph to train and one to validate for each of 5 multipliers, more than torch keeps by default, in 18 runs."""
     compile_model = torch.nn.Module.compile
     monkeypatch.setattr(Block, 'compile', lambda self, **kwargs: compile_model(self, backend='eager', **kwargs))
-    monkeypatch.setattr('train.why_not_compile', lambda device: None)
+    monkeypatch.setattr('nanop.parallel.why_not_compile', lambda device: None)
     counters = torch._dynamo.utils.counters
     counters.clear()
     torch.compiler.reset()
-    assert sweep_main(n_layer=[2, 3, 4, 5, 6, 7], parameterization=['sp', 'completep'], compile=True, max_iters=2,
+    assert sweep_main(n_layer=[2, 3, 4, 5, 6], parameterization=['sp', 'completep'], compile=True, max_iters=2,
                       learning_rate=0.001, seed=[1, 2])[0] == 0
-    assert counters['stats']['unique_graphs'] == 2 * 6
+    assert counters['stats']['unique_graphs'] == 2 * 5
 
 
 # -----------------------------------------------------------------------------
@@ -416,17 +451,18 @@ def test_a_model_is_compiled_once_for_many_runs(sweep_main, monkeypatch):
 @pytest.mark.parametrize('search', ['random', 'tpe'])
 def test_searches_run_the_trials_asked_for(sweep_main, tmp_path, search):
     for trials in (4, 6):
-        code, out = sweep_main(search=search, trials=trials, learning_rate=[0.001, 0.1], init_std=[0.05, 0.2])
+        code, out = sweep_main(search=search, trials=trials, learning_rate=[0.001, 0.1], init_std=[0.05, 0.2],
+                               plots=trials == 6 and search == 'random')
         rows = rows_in(tmp_path / 'sweep')
         assert code == 0 and len(rows) == trials == len({row['learning_rate'] for row in rows})
         assert all(0.001 <= row['learning_rate'] <= 0.1 and 0.05 <= row['init_std'] <= 0.2 for row in rows)
-    assert '## init_std' in out and (tmp_path / 'sweep/init_std.png').exists()
+    assert '## init_std' in out and (tmp_path / 'sweep/init_std.png').exists() == (search == 'random')
 
 
 def test_tune_writes_a_config_that_train_takes_larger(sweep_main, tmp_path, tiny):
     code, out = sweep_main('--tune', trials=5, eval_interval=4)
     assert code == 0 and 'best.py' in out
-    searched = [key for key in sweep.TUNED if key != 'init_std']  # of which the command line says what it is
+    searched = [key for key in TUNED if key != 'init_std']  # of which the command line says what it is
     best = tmp_path / 'sweep/best.py'
     rows = rows_in(tmp_path / 'sweep')
     row = min(rows, key=lambda row: row['val_loss'])
@@ -458,7 +494,7 @@ def test_a_search_knows_its_model(sweep_main):
 def test_a_search_in_which_all_fails_ends(sweep_main, monkeypatch):
     def fail(config):
         raise RuntimeError('no')
-    monkeypatch.setattr(sweep, 'train', fail)
+    monkeypatch.setattr(sweep_queue, 'train', fail)
     error, _ = sweep_main(search='tpe', trials=3, learning_rate=[0.001, 0.1])
     assert isinstance(error, UserError) and 'no run has finished: RuntimeError: no' in str(error)
 
@@ -466,8 +502,8 @@ def test_a_search_in_which_all_fails_ends(sweep_main, monkeypatch):
 def test_two_workers_do_not_search_too_much(tiny, tmp_path):
     config = SweepConfig(out_dir=str(tmp_path), search='tpe', trials=5)
     overrides = {**tiny, 'learning_rate': [0.001, 0.1]}
-    enqueue(open_study(config), Plan(config, overrides), config.out_dir)
-    in_threads(4, lambda: sweep.work(config, overrides, 'cpu', 0))
+    enqueue(open_study(config), Sweep(config, overrides), config.out_dir)
+    in_threads(4, lambda: sweep_queue.work(config, overrides, 'cpu', 0))
     assert len(trials_of(open_study(config), COMPLETE)) == 5
 
 
@@ -508,15 +544,16 @@ def test_optimum_is_the_parabolas_lowest_point():
 
 def test_drift_and_regret_by_hand():
     """The target's optimum is 2 octaves below the base's: at the base's value its loss is 2 + 0.1 * 2^2."""
-    drift, error, regret, _, (better, shared) = compare([curve(-5.0), curve(-7.0)])
-    assert drift == pytest.approx(-2) and math.isnan(error)
-    assert regret == pytest.approx(0.4 / 2.0)
-    assert (better, shared) == (3, 6)  # at 2^-9, 2^-8, 2^-7 the second is lower; at 2^-6 they are equal
-    drift, error, regret, regret_error, _ = compare([curve(-6.0, (-0.3, 0.3)), curve(-6.0, (-0.3, 0.3), lowest=1.9)])
-    assert drift == pytest.approx(0) and error == pytest.approx(math.hypot(0.3, 0.3)) and regret == regret_error == 0
+    found = compare([curve(-5.0), curve(-7.0)])
+    assert found.drift == pytest.approx(-2) and math.isnan(found.drift_error)
+    assert found.regret_frac == pytest.approx(0.4 / 2.0)
+    assert (found.better, found.shared) == (3, 6)  # at 2^-9, 2^-8, 2^-7 the second is lower; at 2^-6 they are equal
+    found = compare([curve(-6.0, (-0.3, 0.3)), curve(-6.0, (-0.3, 0.3), lowest=1.9)])
+    assert found.drift == pytest.approx(0) and found.drift_error == pytest.approx(math.hypot(0.3, 0.3))
+    assert found.regret_frac == found.regret_error == 0
     diverged = curve(-8.0)
     diverged[2.0**-5] = {0: math.inf}
-    assert compare([curve(-5.0), diverged])[2] == math.inf
+    assert compare([curve(-5.0), diverged]).regret_frac == math.inf
 
 
 def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
@@ -531,7 +568,7 @@ def test_report_of_two_axes_takes_the_best_of_the_other(tmp_path):
                     loss = 2 + 0.1 * (math.log2(lr) + 6 - drift)**2 + abs(math.log2(init_std / 0.1)) + 0.001 * seed
                     rows.append(dict(model, learning_rate=lr, init_std=init_std, seed=seed, trial=len(rows), tokens=1,
                                      seconds=1.0, val_loss=math.inf if lr == 2**-4 and drift else loss))
-    report = Report('name', rows, models, ['learning_rate', 'init_std'], dict(max_iters=3))
+    report = SweepReport('name', rows, models, ['learning_rate', 'init_std'], dict(max_iters=3))
     text = report.write(tmp_path)
     table = [line for line in text.splitlines() if line.startswith(('| sp', '| completep'))]
     assert '| 2^-6.00 ± 0.00: 2.0015 | 2^-8.00 ± 0.00: 2.0015 | -2.00 ± 0.00 | 2.4015 |' in table[0]
@@ -551,12 +588,12 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
     rows = [line.split(' | ')[0] for line in out.splitlines() if line.startswith('| ')]
     assert rows == ['| rules', '| completep', '| completep, norm rmsnorm, n_kv_head 1', '| sp',
                     '| completep, optimizer muon']
-    plan = Plan(SweepConfig(out_dir=str(tmp_path), variants=variants), {**tiny, 'n_embd': [16, 32]})
+    sweep = Sweep(SweepConfig(out_dir=str(tmp_path), variants=variants), {**tiny, 'n_embd': [16, 32]})
     with pytest.raises(UserError, match='n_kv_head, norm is in shapes and in variants'):
-        Plan(SweepConfig(variants=variants[:2], shapes=[dict(norm='rmsnorm', n_kv_head=0)]), tiny)
+        Sweep(SweepConfig(variants=variants[:2], shapes=[dict(norm='rmsnorm', n_kv_head=0)]), tiny)
     with pytest.raises(UserError, match='beta1=0.9 has no counterpart there'):
-        Plan(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'train_tokens': 1024, 'seed': [1, 2]})
-    assert [(one.n_embd, one.parameterization, one.norm, one.n_kv_head, one.optimizer) for one in plan.configs] == [
+        Sweep(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'train_tokens': 1024, 'seed': [1, 2]})
+    assert [(one.n_embd, one.parameterization, one.norm, one.n_kv_head, one.optimizer) for one in sweep.configs] == [
         (n_embd, *variant) for n_embd in (16, 32) for variant in (
             ('completep', 'layernorm', 0, 'adamw'), ('completep', 'rmsnorm', 1, 'adamw'),
             ('sp', 'layernorm', 0, 'adamw'), ('completep', 'layernorm', 0, 'muon'))]
@@ -575,7 +612,7 @@ def test_report_without_an_axis_compares_shapes_only(tmp_path):
     models = [dict(n_layer=n, n_embd=32, density=1.0, parameterization='sp') for n in (2, 4)]
     rows = [dict(model, learning_rate=0.01, seed=1, trial=i, tokens=(512, 1024)[i], seconds=1.0, val_loss=3.0 - i)
             for i, model in enumerate(models)]
-    text = Report('name', rows, models, ['learning_rate'], {}).write(tmp_path)
+    text = SweepReport('name', rows, models, ['learning_rate'], {}).write(tmp_path)
     assert '| sp | 0.01: 3.0000 | 0.01: 2.0000 |\n' in text and 'octaves |' not in text
     assert '512 to 1,024 training tokens' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'shapes.png']
@@ -592,28 +629,28 @@ def test_csv_gives_the_same_rows_back(tmp_path):
     rows = [dict(n_layer=2, learning_rate=2**-9 / 3, schedule='linear', tie_weights=False, val_loss=1 / 3, trial=4,
                  diverged_at=None), dict(n_layer=4, learning_rate=1e-5, schedule='cosine', tie_weights=True,
                                          val_loss=math.inf, trial=5, diverged_at=3)]
-    write_csv(tmp_path / 'trials.csv', rows)
+    write_trials(tmp_path / 'trials.csv', rows)
     types = dict(n_layer=int, learning_rate=float, schedule=str, tie_weights=bool)
-    again = read_csv(tmp_path / 'trials.csv', types)
+    again = read_trials(tmp_path / 'trials.csv', types)
     assert [{key: row[key] for key in rows[0]} for row in again] == rows
-    assert read_csv(tmp_path / 'none.csv', types) == []
+    assert read_trials(tmp_path / 'none.csv', types) == []
 
 
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('sweep_*.py')))
 def test_configs_of_sweeps(name):
     path = ROOT / 'config' / name
     assert path.read_text().startswith('# ') and 'Hardware' in ''.join(path.read_text().splitlines()[1:3])
-    assert Plan(*sweep.read_sweep([str(path)])).points
+    assert Sweep(*read_sweep([str(path)])).points
 
 
 def test_every_parameterization_can_join_a_study_later(tiny, tmp_path):
     config = SweepConfig(out_dir=str(tmp_path))
     for count in (1, len(PARAMETERIZATIONS)):
-        plan = Plan(config, {**tiny, 'parameterization': list(PARAMETERIZATIONS)[:count], 'n_layer': [4]})
-        enqueue(open_study(config), plan, config.out_dir)
-    assert len(trials_of(open_study(config))) == len({digest(one) for one in plan.configs})
-    assert json.loads(json.dumps(plan.facts)) == open_study(config).user_attrs['sweep']
+        sweep = Sweep(config, {**tiny, 'parameterization': list(PARAMETERIZATIONS)[:count], 'n_layer': [4]})
+        enqueue(open_study(config), sweep, config.out_dir)
+    assert len(trials_of(open_study(config))) == len({digest(one) for one in sweep.configs})
+    assert json.loads(json.dumps(sweep.facts)) == open_study(config).user_attrs['sweep']
 
 
 def test_fit_of_stack_size_is_one_on_a_cpu(tiny):
-    assert stack.stack_size(TrainConfig(**tiny)) == 1
+    assert stack_size(TrainConfig(**tiny)) == 1

@@ -1,8 +1,8 @@
 """
-What a training run would need, on paper, and how far that is from what one needs here: bench.py --plan.
+Estimates what a training run needs, and compares the memory with a short run: bench.py --plan.
 
-Memory is that of one GPU, for a model that is not compiled: torch.compile needs less for activations. What the
-allocator and the libraries take is on top.
+Memory is for one GPU and a model that is not compiled; torch.compile needs less for activations. The allocator and the
+libraries need some more.
 """
 import math
 import multiprocessing
@@ -12,166 +12,174 @@ from dataclasses import replace
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig
 from nanop.dataset import DATA_DIR, Dataset
-from nanop.errors import UserError
+from nanop.errors import UserError, require
 from nanop.layers import QUERIES
-from nanop.machine import pick_device, pick_dtype
-from sweep import gpt_config
-from tools.bench_worker import peak_memory
-from train import TrainConfig, at_length, num_steps, optimizer_of, split_batch, train
-
-UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where the dataset is not here to say
+from nanop.machine import flops_per_token, peak_memory_bytes, pick_device, set_up
+from tools.stack import UNKNOWN_VOCAB
+from train import TrainConfig, make_optimizer, num_steps, rescaled, split_batch, train
 
 # -----------------------------------------------------------------------------
-# Memory of one device and traffic of one step, in bytes; P parameters, P_block of them in the blocks' attention and MLP
+# Memory of one device and traffic of one step, in bytes. P counts all parameters, P_block those in the attention and
+# MLP of all blocks.
 
 
 def activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16=False):
-    """What the backward of `tokens` tokens needs to keep.
+    """What the forward pass over `tokens` tokens keeps for the backward pass.
 
-    A block keeps, in float32, the input of each norm, and as inputs of products (product_bytes each): the outputs of
-    the norms, queries, keys, values, attention's output, and the MLP's hidden layer before and after its activation.
-    Other norms, positions and activations keep more or, ReLU, less: plan() says so. At the end there are the last
-    norm's input and output, the logits, and their logarithms in float32 twice, once for their gradient. In bf16 on a
-    CPU (cpu_bf16) functional.py keeps other things.
+    Inputs of norms are kept in float32, inputs of matrix products in product_bytes each. At the end the logits are
+    kept, and their logarithms in float32 twice, once for their gradient. This is the default architecture; print_plan()
+    says which keys change it. In bf16 on a CPU (cpu_bf16) nanop/layers.py keeps other tensors.
     """
     c, p = model.config, product_bytes
     attn, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
-    block = c.n_embd * (2 * 4 + 2 * p + p) + p * (
-        attn.c_attn.out_features + mlp.c_fc.out_features + mlp.c_proj.in_features)
-    if cpu_bf16:  # attention's weights: for each head half of T^2, in steps of so many queries
+    norms = c.n_embd * 2 * (4 + p)  # inputs and outputs
+    attention = p * (attn.c_attn.out_features + c.n_embd)  # queries, keys and values; output
+    hidden = p * (mlp.c_fc.out_features + mlp.c_proj.in_features)  # before and after the activation
+    block = norms + attention + hidden
+    if cpu_bf16:  # attention weights: in each head half of T^2, in pieces of QUERIES queries
         block += c.n_head * p * min(c.block_size, (c.block_size + QUERIES) // 2)
-    blocks = c.n_layer * (4 * c.n_embd) + block if recompute else c.n_layer * block
+    blocks = c.n_layer * 4 * c.n_embd + block if recompute else c.n_layer * block
     logits = p if cpu_bf16 else 2 * 4 + (p if p < 4 else 0)
-    end = c.n_embd * (4 + p) + c.vocab_size * logits
+    end = c.n_embd * (4 + p) + c.vocab_size * logits  # last norm and logits
     return tokens * (blocks + end)
 
 
-def in_blocks(model):
-    """(weights in the blocks' attention and MLP, masks of a byte each)"""
+def count_in_blocks(model):
+    """(weights, masked or not, in the attention and MLP of all blocks; masks there, of one byte each)"""
     parameters = [p for block in model.transformer.h for part in (block.attn, block.mlp) for p in part.parameters()]
-    return [sum(p.numel() for p in parameters if p.requires_grad is trained) for trained in (True, False)]
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return trained, sum(p.numel() for p in parameters) - trained
+
+
+def ranks_per_copy(config, bench):
+    """The number of GPUs that share one copy of the model."""
+    return {'ddp': 1, 'fsdp': bench.gpus, 'hsdp': min(bench.gpus, bench.gpus_per_host)}[config.parallel]
 
 
 def memory(model, config, bench, product_bytes, cpu_bf16=False):
     """{what: bytes} of one device."""
-    P, n = model.num_params(), bench.gpus
-    P_block, masks = in_blocks(model)
-    over = {'ddp': 1, 'fsdp': n, 'hsdp': min(n, bench.gpus_per_host)}[config.parallel]
-    _, local, micro_batches = split_batch(config, n)
+    P, shards = model.num_params(), ranks_per_copy(config, bench)
+    P_block, masks = count_in_blocks(model)
+    _, local, micro_batches = split_batch(config, bench.gpus)
     tokens = local // micro_batches * config.block_size
-    # two moments of AdamW, one of the others; Muon leaves what is outside of the blocks to AdamW
+    # AdamW has two moments, the others one; Muon leaves the parameters outside the blocks to AdamW
     state = dict(adamw=8 * P, lion=4 * P, sgd=4 * P, muon=8 * P - 4 * P_block)[config.optimizer]
-    rows = {'weights': (4 * P + masks) / over, 'gradients': 4 * P / over, 'optimizer state': state / over}
+    rows = {'weights': (4 * P + masks) / shards, 'gradients': 4 * P / shards, 'optimizer state': state / shards}
     if config.parallel == 'ddp':
         looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-        cast = product_bytes * (P - looked_up)
-        rows['weights cast for products'] = cast if product_bytes < 4 else 0
-        rows["DDP's buckets"] = 4 * P if n > 1 else 0
-    else:  # the root's tensors stay gathered, with their gradients; of the blocks' two at a time, one ahead
-        rows['weights gathered'] = 8 * (P - P_block) + 2 * ((product_bytes + 4) * P_block + masks) / \
-            model.config.n_layer
+        rows['weights cast for products'] = product_bytes * (P - looked_up) if product_bytes < 4 else 0
+        rows["DDP's buckets"] = 4 * P if bench.gpus > 1 else 0
+    else:  # gathered with their gradients: what is outside the blocks stays so, of the blocks two are at a time
+        two_blocks = 2 * ((product_bytes + 4) * P_block + masks) / model.config.n_layer
+        rows['weights gathered'] = 8 * (P - P_block) + two_blocks
     for name, recompute in (('activations', False), ('activations, --recompute=True', True)):
         rows[name] = activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16)
     return rows
 
 
 def traffic(model, config, bench, product_bytes):
-    """Bytes that one device sends in a step, by rings."""
-    P, n = model.num_params(), bench.gpus
-    P_block, masks = in_blocks(model)
-    micro_batches = split_batch(config, n)[2]
+    """Bytes that one device sends in a step, in ring algorithms."""
+    P, shards = model.num_params(), ranks_per_copy(config, bench)
+    copies = bench.gpus // shards
+    all_reduce = 2 * 4 * P / shards * (copies - 1) / copies  # of gradients, over the copies
     if config.parallel == 'ddp':
-        return 2 * 4 * P * (n - 1) / n
-    over = n if config.parallel == 'fsdp' else min(n, bench.gpus_per_host)
-    copies = n // over
-    # in each micro-batch: weights for the forward and again, but the root's, for the backward; gradients in float32
-    per_micro = (2 * (product_bytes * P_block + masks) + 4 * (P - P_block) + 4 * P) * (over - 1) / over
-    return micro_batches * (per_micro + 2 * 4 * P / over * (copies - 1) / copies)
+        return all_reduce
+    P_block, masks = count_in_blocks(model)
+    # every micro-batch gathers the weights, those of the blocks again in the backward, and reduces float32 gradients
+    gathers = 2 * (product_bytes * P_block + masks) + 4 * (P - P_block)
+    within_copy = (gathers + 4 * P) * (shards - 1) / shards
+    return split_batch(config, bench.gpus)[2] * (within_copy + all_reduce)
 
 
 # -----------------------------------------------------------------------------
+# The plan on the terminal
 
 
 def si(number, unit=''):
-    """A number with a prefix: 1.53 G."""
+    """A number with an SI prefix: 1.53 G."""
     power = min(6, int(math.log10(number) // 3)) if number >= 1 else 0
     return f"{number / 1000 ** power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}{unit}"
 
 
 def meta_model(config):
-    """(the model of a config, without weights; a line that says where its vocabulary is from)"""
-    vocab_size, where = config.vocab_size, 'of the config'
+    """(the model of a config on the meta device, a phrase that says where its vocabulary size comes from)"""
+    vocab_size, source = config.vocab_size, 'from the config'
+    if not vocab_size and (DATA_DIR / config.dataset / 'meta.json').exists():
+        vocab_size, source = Dataset(config.dataset).vocab_size, f'from data/{config.dataset}'
     if not vocab_size:
-        vocab_size, where = UNKNOWN_VOCAB, f"assumed, as data/{config.dataset} is not here"
-        if (DATA_DIR / config.dataset / 'meta.json').exists():
-            vocab_size, where = Dataset(config.dataset).vocab_size, f'of data/{config.dataset}'
-    try:
-        with torch.device('meta'):
-            return GPT(gpt_config(config, vocab_size)), f'vocabulary of {vocab_size:,}, {where}'
-    except ValueError as error:
-        raise UserError(error) from None
+        vocab_size, source = UNKNOWN_VOCAB, f'assumed, because data/{config.dataset} is not prepared'
+    with torch.device('meta'):
+        return GPT(GPTConfig.of(config, vocab_size=vocab_size)), f'vocabulary of {vocab_size:,}, {source}'
 
 
-def plan(config, bench):
-    """Prints what training would need. Raises UserError for a batch that the GPUs cannot share, or without a rule."""
+def print_plan(config, bench):
+    """Print what training needs: FLOPs, days, traffic and memory."""
     model, vocabulary = meta_model(config)
     steps = num_steps(config, model.num_params())
-    optimizer_of(model, at_length(config, steps), 'meta')  # raises for what has no rule
+    make_optimizer(model, rescaled(config, steps), 'meta')  # refuses a config without a rule
     tokens = steps * config.batch_tokens
     sequences, local, micro_batches = split_batch(config, bench.gpus)
-    if config.parallel == 'hsdp' and bench.gpus > bench.gpus_per_host and bench.gpus % bench.gpus_per_host:
-        raise UserError(f'gpus={bench.gpus} is no multiple of gpus_per_host={bench.gpus_per_host}, as hsdp needs it')
-    flops = model.flops_per_token()
+    whole_hosts = bench.gpus <= bench.gpus_per_host or bench.gpus % bench.gpus_per_host == 0
+    require(bench, 'gpus', config.parallel != 'hsdp' or whole_hosts,
+            f"parallel='hsdp' needs a multiple of gpus_per_host={bench.gpus_per_host}")
+    flops = flops_per_token(model)
     days = flops * tokens / (bench.gpus * bench.peak_flops * bench.mfu) / 86400
     print(f'{config.parameterization}: {config.n_layer} layers x {config.n_embd}, {vocabulary}')
-    for name, value in [
-            ('parameters', f'{model.num_params():,}'), ('tokens', f'{tokens:,} in {steps:,} steps'),
-            ('a step', f'{sequences:,} sequences of {config.block_size:,} = {bench.gpus} GPU(s) x {micro_batches} '
-                       f'micro-batch(es) x {local // micro_batches}'),
-            ('FLOPs per token', si(flops)), ('FLOPs in all', si(flops * tokens)),
-            (f'days at {bench.mfu:.0%} MFU', f"{days:.3g} on {bench.gpus} GPU(s) of {si(bench.peak_flops, 'FLOP/s')}"),
-            ('sent per step and GPU', si(traffic(model, config, bench, 2), 'B'))]:
+    for name, value in {
+        'parameters': f'{model.num_params():,}',
+        'tokens': f'{tokens:,} in {steps:,} steps',
+        'batch': f'{sequences:,} sequences of {config.block_size:,} = {bench.gpus} GPU(s) x {micro_batches} '
+                 f'micro-batch(es) x {local // micro_batches}',
+        'FLOPs per token': si(flops),
+        'total FLOPs': si(flops * tokens),
+        f'days at {bench.mfu:.0%} MFU': f"{days:.3g} on {bench.gpus} GPU(s) of {si(bench.peak_flops, 'FLOP/s')}",
+        'sent per step and GPU': si(traffic(model, config, bench, product_bytes=2), 'B'),
+    }.items():
         print(f'{name:<32}{value}')
-    rows = memory(model, config, bench, 2)
+
+    rows = memory(model, config, bench, product_bytes=2)
     print(f'\nmemory of one GPU, {config.parallel}, bf16')
     for name, value in rows.items():
         print(f"{name:<32}{si(value, 'B')}")
-    other = [key for key in ('norm', 'qk_norm', 'activation', 'pos', 'n_kv_head')
-             if getattr(config, key) != getattr(TrainConfig, key)]
-    if other:
-        print(f"activations are the default architecture's: what differs by {', '.join(other)} is not in them")
-    kept = [value for name, value in rows.items() if not name.startswith('activations')]
-    print(f"{'in all':<32}{si(sum(kept) + rows['activations'], 'B')}; with --recompute=True "
-          f"{si(sum(kept) + rows['activations, --recompute=True'], 'B')}")
+    changed = [key for key in ('norm', 'qk_norm', 'activation', 'pos', 'n_kv_head')
+               if getattr(config, key) != getattr(TrainConfig, key)]
+    if changed:
+        print(f"activations are estimated for the default architecture, without the effect of {', '.join(changed)}")
+    recomputed = sum(rows.values()) - rows['activations']
+    kept = sum(rows.values()) - rows['activations, --recompute=True']
+    print(f"{'total':<32}{si(kept, 'B')}; with --recompute=True {si(recomputed, 'B')}")
+
+
+# -----------------------------------------------------------------------------
+# A short run to compare with
 
 
 def run_and_measure(config, steps, queue):
-    """For a process of its own: the memory that `steps` steps take on top of one of a tiny model, which the libraries
-    need."""
+    """In a process of its own: put into the queue the bytes that `steps` steps need more than a tiny model, whose
+    memory is that of the libraries."""
     device = pick_device(config.device)
     torch.set_num_threads(1)
     config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, train_tokens=0,
                      base_batch_tokens=0, base_train_tokens=0, eval_interval=0, compile=False,
                      eval_tokens=config.block_size)
-    train(replace(config, n_layer=1, n_embd=config.head_dim, batch_tokens=config.block_size, max_iters=1))
-    tiny = peak_memory(device)
+    train(replace(config, n_layer=1, n_embd=config.head_dim, n_kv_head=0, batch_tokens=config.block_size, max_iters=1))
+    tiny = peak_memory_bytes(device)
     train(config)
-    queue.put(peak_memory(device) - tiny)
+    queue.put(peak_memory_bytes(device) - tiny)
 
 
-def measure(config, bench):
-    """Trains three steps and compares the peak of memory with the plan's; returns (planned, measured) bytes."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+def measure_memory(config, bench):
+    """Train three steps and compare the peak memory with the plan. Returns (planned, measured) bytes."""
+    machine = set_up(config.device, config.dtype)
+    device, product_bytes = machine.device, machine.dtype.itemsize
     model, _ = meta_model(config)
-    product_bytes = 4 if dtype == torch.float32 else 2
     rows = memory(model, replace(config, parallel='ddp'), replace(bench, gpus=1), product_bytes,
                   cpu_bf16=device.type == 'cpu' and product_bytes == 2)
     del rows['activations' if config.recompute else 'activations, --recompute=True']
     planned = sum(rows.values())
-    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # glibc gives freed tensors back, instead of counting as in use
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # glibc returns freed tensors to the system, so the peak is in use
     context = multiprocessing.get_context('spawn')
     queue, started = context.Queue(), time.perf_counter()
     process = context.Process(target=run_and_measure, args=(config, 3, queue))
@@ -180,6 +188,6 @@ def measure(config, bench):
     if process.exitcode:
         raise UserError(f'the run ended with exit code {process.exitcode}, see above')
     measured = queue.get()
-    print(f"\n3 steps on {device}, {str(dtype)[6:]}, {time.perf_counter() - started:.0f} s: peak {si(measured, 'B')}, "
-          f"planned {si(planned, 'B')}: off by {planned / measured - 1:+.0%}")
+    print(f"\n3 steps on {device}, {machine.dtype_name}, {time.perf_counter() - started:.0f} s: peak "
+          f"{si(measured, 'B')}, planned {si(planned, 'B')}: off by {planned / measured - 1:+.0%}")
     return planned, measured

@@ -1,13 +1,10 @@
 """
-FineWeb's 10-billion-token sample in GPT-2's tokens (release v1.4.0).
+FineWeb's sample of 10 billion tokens (release v1.4.0), as GPT-2 tokens.
 
-    python data/fineweb/prepare.py [--shards N] [--input 'FOLDER/*.parquet']
+    python data/fineweb/prepare.py [--shards=N] [--input='FOLDER/*.parquet']
 
-Disk: 40 GB while the shards are joined, 20 GB after; the download, about 28 GB, is streamed and not kept (computed
-from the token count, not measured). Memory: a few pieces of text for each worker. Time: not measured.
-
-Needs `pip install datasets` and a network, or local copies of the parquet files. It can be stopped and run again:
-finished shards are kept. --shards takes only the first N files.
+Disk, computed from the token count and not measured: 40 GB while the shards are joined, then 20 GB. The download of
+about 28 GB is streamed, not stored. Memory: a few megabytes of text per worker. Time: not measured.
 """
 import sys
 from pathlib import Path

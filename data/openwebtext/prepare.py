@@ -1,13 +1,10 @@
 """
-OpenWebText in GPT-2's tokens: 8,013,769 documents, about 9 billion tokens, nanoGPT's training set.
+OpenWebText, nanoGPT's training set: 8,013,769 documents, about 9 billion GPT-2 tokens.
 
-    python data/openwebtext/prepare.py [--shards N] [--input 'FOLDER/*.parquet']
+    python data/openwebtext/prepare.py [--shards=N] [--input='FOLDER/*.parquet']
 
-Disk: 36 GB while the shards are joined, 18 GB after; the download, about 24 GB, is streamed and not kept (computed
-from the token count, not measured). Memory: a few pieces of text for each worker. Time: not measured.
-
-Needs `pip install datasets` and a network, or local copies of the parquet files. It can be stopped and run again:
-finished shards are kept. --shards takes only the first N files.
+Disk, computed from the token count and not measured: 36 GB while the shards are joined, then 18 GB. The download of
+about 24 GB is streamed, not stored. Memory: a few megabytes of text per worker. Time: not measured.
 """
 import sys
 from pathlib import Path

@@ -1,9 +1,9 @@
 """
-Tiny Shakespeare in GPT-2's tokens: 301,966 for training and 36,059 for validation, the last tenth, as in nanoGPT.
+Tiny Shakespeare as GPT-2 tokens: 301,966 for training and 36,059 for validation, the last tenth, as in nanoGPT.
 
-    python data/shakespeare/prepare.py [--input FILE]
+    python data/shakespeare/prepare.py [--input=FILE]
 
-Downloads 1.1 MB, or takes FILE, a copy of the same text, without a network.
+Downloads 1.1 MB unless FILE is a copy of the text.
 """
 import sys
 from pathlib import Path

@@ -1,9 +1,9 @@
 """
 Tiny Shakespeare by characters: 1,003,854 for training and 111,540 for validation, the last tenth, as in nanoGPT.
 
-    python data/shakespeare_char/prepare.py [--input FILE]
+    python data/shakespeare_char/prepare.py [--input=FILE]
 
-Downloads 1.1 MB, or takes FILE, a copy of the same text, without a network.
+Downloads 1.1 MB unless FILE is a copy of the text.
 """
 import sys
 from pathlib import Path

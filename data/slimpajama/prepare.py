@@ -1,13 +1,10 @@
 """
-SlimPajama, the corpus of the CompleteP paper, in GPT-2's tokens: the 10% sample that remains on the hub.
+SlimPajama, the corpus of the CompleteP paper, as GPT-2 tokens: the 10% sample that is still on the hub.
 
-    python data/slimpajama/prepare.py [--shards N] [--input 'FOLDER/*.parquet']
+    python data/slimpajama/prepare.py [--shards=N] [--input='FOLDER/*.parquet']
 
-Disk: 24 GB while the shards are joined, 12 GB after; the download, about 14 GB, is streamed and not kept (computed
-from the token count, not measured). Memory: a few pieces of text for each worker. Time: not measured.
-
-Needs `pip install datasets` and a network, or local copies of the parquet files. It can be stopped and run again:
-finished shards are kept. --shards takes only the first N files.
+Disk, computed from the token count and not measured: 24 GB while the shards are joined, then 12 GB. The download of
+about 14 GB is streamed, not stored. Memory: a few megabytes of text per worker. Time: not measured.
 """
 import sys
 from pathlib import Path

@@ -1,11 +1,12 @@
 """
-The source text of the running Python's own standard library, as bytes: real text on every machine, no download.
+The source text of this Python's standard library, as bytes: real text on every machine without a download.
 
     python data/stdlib/prepare.py
 
-About 12 MB, seconds to prepare; the text, and so the loss, differs a little between Python versions. Every 20th file is
-for validation. Left out: tests, installed packages and what a build generates.
+About 12 MB, prepared in seconds. The text, and so the loss, differs a little between Python versions. Every 20th file
+is for validation. Tests, installed packages and files that the build of Python generates are left out.
 """
+import argparse
 import sys
 import sysconfig
 from pathlib import Path
@@ -16,17 +17,17 @@ from nanop.tokenizer import ByteTokenizer  # noqa: E402
 from nanop.write_dataset import write_dataset  # noqa: E402
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'lib-dynload'}
-GENERATED = ('_sysconfigdata', 'config-')  # beginnings of names
+GENERATED = ('_sysconfigdata', 'config-')  # prefixes of names
 
 
 def source_files():
-    """Paths of the library's source files, sorted. Raises UserError where Python ships without them."""
+    """The paths of the library's source files, sorted."""
     root = Path(sysconfig.get_paths()['stdlib'])
     files = sorted((path.relative_to(root) for path in root.rglob('*.py')), key=lambda path: path.parts)
     files = [root / path for path in files
              if not LEFT_OUT & set(path.parts) and not any(part.startswith(GENERATED) for part in path.parts)]
     if len(files) < 100:
-        raise UserError(f"this Python has no standard library sources in '{root}': use data/shakespeare_char or "
+        raise UserError(f"this Python has no sources of its standard library in '{root}': use data/shakespeare_char or "
                         'data/text instead')
     return files
 
@@ -38,4 +39,5 @@ def prepare(folder=Path(__file__).parent):
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     exit_on_user_error(prepare)

@@ -1,13 +1,13 @@
 """
-Any local text as a dataset: files, folders and glob patterns of .txt, .md, .py, .jsonl, .parquet, each also as .gz.
+Your own text as a dataset: files, folders or glob patterns; .txt, .md, .py, .jsonl and .parquet, each also as .gz.
 
     python data/text/prepare.py BOOKS/ notes.md 'logs/*.txt.gz' --tokenizer=gpt2
     python data/text/prepare.py train.txt --val valid.txt --tokenizer=byte --out=data/mytext
     python train.py --dataset=mytext
 
-Files of other names are read as text if they are named themselves, and passed over in folders. Of .jsonl and .parquet
-the column 'text' is read (--column). Without --val the last --val_frac of the tokens are for validation. Memory does
-not grow with the input.
+A file with another suffix is read as text if it is given by name, and skipped inside folders. In .jsonl and .parquet
+files the column 'text' is read (--column). Without --val, the last --val_frac of the tokens are for validation. Memory
+does not grow with the input.
 """
 import argparse
 import gzip
@@ -26,7 +26,7 @@ SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.parquet')
 
 
 def find_files(patterns):
-    """The files that paths, folders and glob patterns name, sorted, each once. Raises UserError for one without any."""
+    """The files that paths, folders and glob patterns stand for, sorted within each pattern, without duplicates."""
     files = {}
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else glob(pattern, recursive=True)
@@ -40,14 +40,13 @@ def find_files(patterns):
 
 
 def open_text(path):
-    opener = gzip.open if path.endswith('.gz') else open
-    return opener(path, 'rt', encoding='utf-8', errors='replace', newline='')
+    return (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8', errors='replace', newline='')
 
 
 def pieces(file):
-    """(text, ends_document) of a text file, cut where tokenising the parts gives the tokens of the whole.
+    """Yield (text, ends_document): parts of a text file that give the same tokens as the whole file.
 
-    That is before a single space; a file without one is cut wherever it must be.
+    So it is cut before single spaces only; a long stretch without any is cut where it must be.
     """
     text = ''
     while more := file.read(PIECE_CHARS):
@@ -64,7 +63,7 @@ def pieces(file):
 
 
 def rows(path, column):
-    """The strings of a column of a .jsonl or .parquet file. Raises UserError with the line or column that is wrong."""
+    """Yield the strings in one column of a .jsonl or .parquet file."""
     if path.removesuffix('.gz').endswith('.jsonl'):
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
@@ -88,7 +87,7 @@ def rows(path, column):
 
 
 def documents(files, split, column):
-    """(split, text, ends_document) of every file. Raises UserError for one that cannot be read."""
+    """Yield (split, text, ends_document) for every file."""
     for path in files:
         try:
             if path.removesuffix('.gz').endswith(('.jsonl', '.parquet')):
@@ -102,13 +101,13 @@ def documents(files, split, column):
 
 def prepare(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('inputs', nargs='+', help='files, folders or glob patterns')
-    parser.add_argument('--val', nargs='+', default=[], help='the same, for validation')
-    parser.add_argument('--val_frac', type=float, default=0.1, help='without --val: fraction for validation')
-    parser.add_argument('--tokenizer', default='byte', help='byte, char or an encoding of tiktoken')
-    parser.add_argument('--column', default='text', help='column of .jsonl and .parquet files')
-    parser.add_argument('--out', default=Path(__file__).parent, help='folder to write')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that tokenise')
+    parser.add_argument('inputs', nargs='+', help='files, folders or glob patterns for training')
+    parser.add_argument('--val', nargs='+', default=[], help='files, folders or glob patterns for validation')
+    parser.add_argument('--val_frac', type=float, default=0.1, help='fraction for validation without --val')
+    parser.add_argument('--tokenizer', default='byte', help='byte (the default), char or an encoding of tiktoken')
+    parser.add_argument('--column', default='text', help='column to read in .jsonl and .parquet files')
+    parser.add_argument('--out', default=Path(__file__).parent, help='folder to write (default: data/text)')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizing processes (default: all cores)')
     args = parser.parse_args(argv)
     if not 0 < args.val_frac < 1:
         raise UserError(f'--val_frac={args.val_frac} is not allowed: use a fraction between 0 and 1')
@@ -119,14 +118,9 @@ def prepare(argv=None):
         yield from documents(train, 'train', args.column)
         yield from documents(val, 'val', args.column)
 
-    if args.tokenizer == 'char':
-        chars = set()
-        for _, text, _ in all_documents():
-            chars.update(text)
-        tokenizer = CharTokenizer.of(chars)
-    else:
-        tokenizer = get_tokenizer(args.tokenizer)
-    packed = ('.gz', '.parquet')  # their size says little about the text inside
+    tokenizer = (CharTokenizer.of(char for _, text, _ in all_documents() for char in set(text))
+                 if args.tokenizer == 'char' else get_tokenizer(args.tokenizer))
+    packed = ('.gz', '.parquet')  # compressed: their size is not that of the text
     total_chars = None if any(path.endswith(packed) for path in train + val) else sum(map(os.path.getsize, train + val))
     return write_dataset(args.out, all_documents(), tokenizer, f'{len(train) + len(val)} local files',
                          val_frac=0 if val else args.val_frac, total_chars=total_chars, workers=args.workers)

@@ -1,0 +1,357 @@
+"""
+The queue of a sweep and its workers: Optuna's study keeps the trials, their results and the workers' heartbeats.
+
+A trial is a point that waits, runs, or has ended. Its params are the keys in which trials differ, its value is the
+validation loss, and its user attributes hold the worker, the other results (KEPT), or the error.
+"""
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+import torch
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages._heartbeat import get_heartbeat_thread, is_heartbeat_enabled
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from model import CHOICES
+from nanop.errors import UserError, exit_on_user_error, first_line
+from nanop.machine import pick_device
+from tools.stack import stack_size, stackable, train_stack, why_not_stack
+from tools.sweep_points import DEFAULTS, TYPES, Sweep, digest
+from tools.sweep_report import RESULTS, read_trials
+from train import TRAIN_CHOICES, train
+
+SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
+    'tpe': (lambda seed: optuna.samplers.TPESampler(), None),
+    'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
+    'qmc': (lambda seed: optuna.samplers.QMCSampler(seed=seed), 'scipy'),
+    'cmaes': (lambda seed: optuna.samplers.CmaEsSampler(), 'cmaes'),
+}
+GRACE = 3  # heartbeats that a worker may miss
+ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+KEPT = [key for key in RESULTS if key not in ('val_loss', 'trial')]  # from a run's summary
+
+
+def open_study(config):
+    """Open Optuna's study, or create it."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings('ignore', 'Heartbeat of storage')  # take() starts the heartbeat itself
+    url = config.storage or f"sqlite:///{Path(config.out_dir, 'study.db').resolve()}"
+    try:
+        make_sampler, _ = SAMPLERS.get(config.search, (lambda seed: optuna.samplers.RandomSampler(), None))
+        return optuna.create_study(study_name=config.study, storage=open_storage(url, config.heartbeat_s),
+                                   sampler=make_sampler(config.search_seed), load_if_exists=True)
+    except Exception as error:  # whatever the driver of that database raises
+        url = re.sub('(://[^:/]*):[^@/]*@', r'\1:***@', url)  # without the password
+        raise UserError(f"storage '{url}' cannot be used ({type(error).__name__}: {first_line(error)}): use one that "
+                        'works, or leave --storage out for a file in out_dir') from None
+
+
+def open_storage(url, heartbeat_s):
+    if url.startswith('grpc://'):
+        host, _, port = url.removeprefix('grpc://').partition(':')
+        return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+    sqlite = url.startswith('sqlite')
+
+    def connect():
+        return optuna.storages.RDBStorage(
+            url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {}, heartbeat_interval=heartbeat_s,
+            grace_period=GRACE * heartbeat_s,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3))
+    try:
+        storage = connect()
+    except sqlalchemy.exc.DatabaseError:  # another process may be creating the tables right now
+        time.sleep(1)
+        storage = connect()
+    if sqlite:
+        lock_before_reading(storage.engine)
+    return storage
+
+
+def lock_before_reading(engine):
+    """Lock SQLite when a transaction begins, not at its first write: else two workers could take the same trial."""
+    @sqlalchemy.event.listens_for(engine, 'connect')
+    def leave_transactions_to_us(connection, _):
+        connection.isolation_level = None
+
+    @sqlalchemy.event.listens_for(engine, 'begin')
+    def lock(connection):
+        connection.exec_driver_sql('BEGIN IMMEDIATE')
+    engine.dispose()  # close the connection that was made without these two
+
+
+def trials_of(study, *states):
+    """The trials in one of these states; all trials if none is given."""
+    return study.get_trials(deepcopy=False, states=states or None)
+
+
+def distribution(key, values, log=False):
+    """Optuna's description of a key. A categorical one cannot grow later, so it starts with every value allowed."""
+    if isinstance(values[0], (str, bool)):
+        allowed = (False, True) if isinstance(values[0], bool) else {**CHOICES, **TRAIN_CHOICES}.get(key)
+        allowed = allowed or sorted(set(values))
+        return optuna.distributions.CategoricalDistribution(tuple(allowed))
+    if isinstance(values[0], float):
+        return optuna.distributions.FloatDistribution(min(values), max(values), log=log and min(values) > 0)
+    return optuna.distributions.IntDistribution(min(values), max(values), step=math.gcd(*values) or 1)
+
+
+def enqueue(study, sweep, out_dir):
+    """Add the points that the study does not have yet. A new study starts with the trials.csv in `out_dir`."""
+    whose, known = f"study '{study.study_name}'", study.user_attrs.get('sweep')
+    rows = [] if known else read_trials(Path(out_dir, 'trials.csv'), TYPES)
+    if rows:
+        whose, facts = f"'{Path(out_dir, 'trials.csv')}'", Path(out_dir, 'sweep.json')
+        if not facts.exists():
+            raise UserError(f'{whose} has no sweep.json next to it that describes its sweep: use another --out_dir')
+        known = json.loads(facts.read_text())
+    if known:
+        require_same_sweep(known, sweep.facts, whose)
+
+    queue = []  # (point, state and results)
+    for row in {row['trial']: row for row in rows}.values():  # equal points share a trial
+        results = {key: row[key] for key in KEPT}
+        queue.append((row, dict(state=TrialState.COMPLETE, value=row['val_loss'], user_attrs=results)))
+    queue += [(point, dict(state=TrialState.WAITING)) for point in sweep.points if not sweep.sampled]
+    held = {key: [point[key] for point, _ in queue] for key in sweep.facts['differ']}
+    there = {sweep.digest_of(trial) for trial in trials_of(study, *ALIVE)}
+    for point, state in queue:
+        params = {key: point[key] for key in held}
+        run = digest(sweep.train_config({**sweep.points[0], **params}))
+        if run in there:
+            continue
+        there.add(run)
+        distributions = {key: distribution(key, held[key], log=sweep.sampled) for key in held}
+        try:
+            study.add_trial(optuna.create_trial(params=params, distributions=distributions, **state))
+        except ValueError as error:
+            raise UserError(f"{whose} cannot take {params} ({first_line(error)}): use another --out_dir or "
+                            '--study') from None
+    study.set_user_attr('sweep', sweep.facts)
+
+
+def require_same_sweep(known, facts, whose):
+    """Refuse two sweeps whose trials share other values, or differ in other keys."""
+    def described(facts):
+        texts = {key: f'is {value!r}' for key, value in facts['base'].items()}
+        return {**texts, **{key: 'varies' for key in facts['differ']}, 'search': f"is {facts['search']!r}"}
+    there = {**described(dict(facts, base=DEFAULTS)), **described(known)}  # keys added since get their defaults
+    changes = [f'{key} {there[key]} there and {here} here' for key, here in described(facts).items()
+               if there[key] != here]
+    if changes:
+        raise UserError(f"{whose} is of another sweep: {'; '.join(changes)}. Use another --out_dir or --study")
+
+
+# -----------------------------------------------------------------------------
+# What a worker does
+def requeue_stale_trials(study, heartbeat_s):
+    """Put the trials of workers that died back into the queue."""
+    optuna.storages.fail_stale_trials(study)  # those without a heartbeat for too long
+    for trial in trials_of(study, TrialState.RUNNING):
+        age_s = (datetime.now() - trial.datetime_start).total_seconds()
+        if 'worker' not in trial.user_attrs and age_s > GRACE * heartbeat_s:  # died before its first heartbeat
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def num_sampled(study, before=math.inf):
+    """How many points a sampler chose before trial number `before`. Failed ones count, so that every search ends."""
+    return sum(trial.state in ALIVE or 'error' in trial.user_attrs
+               for trial in trials_of(study) if trial.number < before)
+
+
+def is_superfluous(study, sweep, trial):
+    """Whether a taken trial need not run: another worker took the last one, or two machines queued the same point."""
+    if sweep.sampled:
+        return num_sampled(study, before=trial.number) >= sweep.config.trials
+    return not trial.params or any(  # Optuna makes an empty trial if none waits
+        other.number < trial.number and sweep.digest_of(other) == sweep.digest_of(trial)
+        for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE))
+
+
+def take(study, sweep, trials, heartbeats):
+    """Append the trials of the next stack to `trials`, none if none is left; the ExitStack `heartbeats` ends theirs."""
+    distributions, wanted = None, 1
+    if sweep.sampled:
+        distributions = {key: distribution(key, values, log=True) for key, values in sweep.axes.items()}
+    while len(trials) < wanted:
+        may_sample = sweep.sampled and num_sampled(study) < sweep.config.trials
+        if not may_sample and not trials_of(study, TrialState.WAITING):
+            return
+        trial = study.ask(distributions)
+        heartbeats.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
+        trial.set_user_attr('worker', f'{platform.node()}:{os.getpid()}')
+        trials.append(trial)
+        if is_superfluous(study, sweep, trial):
+            study.tell(trials.pop(), state=TrialState.PRUNED)
+            continue
+        try:
+            config = sweep.train_config(sweep.point_of(trial))
+        except UserError as error:  # a sampler does not know which values are allowed together
+            tell(study, trials.pop(), dict(error=str(error)), state=TrialState.FAIL)
+            continue
+        if len(trials) == 1:
+            wanted = sweep.config.stack or stack_size(config)
+
+
+def stacks_of(trials, sweep):
+    """The trials in stacks: lists of (trial, TrainConfig) that one batched model can train, often of length 1."""
+    stacks, size, shape = [], 0, None
+    for trial in trials:
+        config = sweep.train_config(sweep.point_of(trial))
+        if not stacks or len(stacks[-1]) == size or stackable(config) != shape:
+            stacks.append([])
+            size = 1 if why_not_stack(config) else sweep.config.stack or stack_size(config)
+            shape = stackable(config)
+        stacks[-1].append((trial, config))
+    return stacks
+
+
+def run_next(study, sweep):
+    """Take the next trials, train them and tell the study. Returns whether there were any."""
+    trials = []
+    with contextlib.ExitStack() as heartbeats:
+        try:
+            take(study, sweep, trials, heartbeats)
+            for stack in stacks_of(trials, sweep):
+                train_and_tell(study, stack)
+            return bool(trials)
+        except BaseException:  # such as Ctrl-C: fail what has not finished, so that the next start runs it at once
+            for trial in trials:
+                tell(study, trial, state=TrialState.FAIL)
+            raise
+
+
+def train_and_tell(study, stack):
+    """Train a stack, or its runs one by one if they do not fit. An error ends its own run, not the sweep."""
+    trials, configs = zip(*stack)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            summaries = train_stack(configs) if len(configs) > 1 else [train(configs[0])]
+    except Exception as error:
+        if len(stack) == 1:
+            error = f'{type(error).__name__}: {first_line(error)}'
+            return tell(study, trials[0], dict(error=error), state=TrialState.FAIL)
+        print(f'a stack of {len(stack)} failed, now training its runs one by one: {first_line(error)}', file=sys.stderr)
+        for one in stack:
+            train_and_tell(study, [one])
+    else:
+        for trial, summary in zip(trials, summaries):
+            tell(study, trial, {key: summary.get(key) for key in KEPT}, values=summary['val_loss'])
+
+
+def tell(study, trial, attrs={}, **outcome):
+    """Tell the study how a trial ended, unless it has ended already: another worker may have run it again."""
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        for key, value in attrs.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            trial.set_user_attr(key, value if finite else None)  # JSON has neither infinity nor nan
+        study.tell(trial, skip_if_finished=True, **outcome)
+
+
+def work(config, overrides, device, threads=0, after_each=lambda: None):
+    """Run trials until none is left, and none runs in another worker that may still die. threads=0: torch's choice."""
+    if threads:
+        torch.set_num_threads(threads)
+    sweep, study = Sweep(config, {**overrides, 'device': device}), open_study(config)
+    if any(each.compile for each in sweep.configs):  # torch.compile keeps only few graphs by default
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    has_heartbeat, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
+    try:
+        while not parent or parent.is_alive():
+            requeue_stale_trials(study, config.heartbeat_s)
+            if run_next(study, sweep):
+                after_each()
+            elif has_heartbeat and trials_of(study, TrialState.RUNNING):
+                time.sleep(min(1, config.heartbeat_s))
+            else:
+                return
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise UserError(f'the storage failed ({first_line(error)}): run the same command again when it works') from None
+
+
+def worker_main(*arguments):
+    with contextlib.suppress(KeyboardInterrupt):  # the parent prints that the sweep was stopped
+        exit_on_user_error(lambda: work(*arguments))
+
+
+# -----------------------------------------------------------------------------
+# All workers of this machine
+def worker_places(num_workers, device):
+    """(device, threads) of each worker; num_workers=0: one per GPU or core; threads 0: torch's choice."""
+    kind = pick_device(device).type
+    if kind == 'cuda':
+        gpus = [f'cuda:{number}' for number in range(torch.cuda.device_count())] if ':' not in device else [device]
+        return [(gpus[number % len(gpus)], 0) for number in range(num_workers or len(gpus))]
+    if kind != 'cpu':
+        return [(device, 0)] * (num_workers or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    num_workers = num_workers or cores  # small models leave a second thread idle: see LOG.md
+    return [(device, max(1, cores // num_workers))] * num_workers
+
+
+def run_workers(study, sweep, overrides, costs):
+    """Start the workers and show their progress until they end. `costs` is {digest: FLOPs}."""
+    config, places = sweep.config, worker_places(sweep.config.workers, sweep.configs[0].device)
+    print(f"{len(places)} worker{'s' * (len(places) > 1)}, {places[0][1] or 'all'} thread(s) each", flush=True)
+    most = max(costs.values())  # for points that a sampler has yet to choose
+    total = sum(costs.values()) if not sweep.sampled else sweep.num_runs * most
+
+    def show():
+        finished = finished_trials(study, sweep)
+        diverged = sum(trial.value == math.inf for trial in finished)
+        bar.set_postfix_str(f'{len(finished)} of {sweep.num_runs} runs, {diverged} diverged', refresh=False)
+        spent = sum(costs.get(sweep.digest_of(trial), most) for trial in finished)
+        bar.update(round(spent / 1e9) - bar.n)
+
+    with tqdm(total=round(total / 1e9), dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60, miniters=0,
+              bar_format='{l_bar}{bar}| {elapsed} elapsed, {remaining} left{postfix}') as bar:
+        show()
+        bar.initial = bar.n  # earlier work must not enter the estimate of the time left
+        if len(places) == 1:
+            return work(config, overrides, *places[0], show)
+        context = multiprocessing.get_context('spawn')
+        workers = [context.Process(target=worker_main, args=(config, overrides, *place)) for place in places]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(timeout=1)
+                show()
+
+
+def finished_trials(study, sweep):
+    """The finished trials of this sweep, one for each digest; a study may hold those of other points, too."""
+    finished = trials_of(study, TrialState.COMPLETE)
+    if sweep.sampled:
+        return finished
+    first = {sweep.digest_of(trial): trial for trial in reversed(finished)}
+    return [first[run] for run in dict.fromkeys(sweep.digests) if run in first]
+
+
+def rows_of(study, sweep):
+    """(rows of the points of this sweep that have run, rows of other finished trials). Equal points share a trial."""
+    def row(point, trial):
+        return dict(point, val_loss=trial.value, trial=trial.number, **{key: trial.user_attrs.get(key) for key in KEPT})
+    finished = finished_trials(study, sweep)
+    if sweep.sampled:
+        return [row(sweep.point_of(trial), trial) for trial in finished], []
+    first = {sweep.digest_of(trial): trial for trial in finished}
+    rows = [row(point, first[run]) for point, run in zip(sweep.points, sweep.digests) if run in first]
+    others = [row(sweep.point_of(trial), trial) for trial in trials_of(study, TrialState.COMPLETE)
+              if sweep.digest_of(trial) not in sweep.digests]
+    return rows, others
