@@ -33,7 +33,6 @@ from train import TrainConfig
 TUNED = dict(  # what --tune searches unless the config has a list: log-uniform between the two values
     learning_rate=[2**-11, 2**-4], init_std=[0.01, 0.3], input_mult=[0.5, 32.0], attn_mult=[0.25, 4.0],
     output_mult=[0.25, 4.0])
-SHAPE_KEYS = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim')
 
 
 @dataclass
@@ -78,19 +77,9 @@ def read_sweep(argv):
     return SweepConfig(**own), overrides
 
 
-def costs_of(sweep):
-    """{digest: FLOPs} of the runs of a sweep. Refuses what cannot run, before anything is written."""
-    datasets = {name: open_dataset(name) for name in dict.fromkeys(config.dataset for config in sweep.configs)}
-    pick_device(sweep.configs[0].device)
-    configs = dict(zip(sweep.digests, sweep.configs))
-    return {run: cost(config, datasets[config.dataset]) for run, config in configs.items()}
-
-
 def best_setting(sweep, rows):
-    """(the values of the axes with the least loss on average over the seeds, that loss, number of settings compared).
-
-    Only the first model counts, and only settings that have run with the most seeds.
-    """
+    """(the first model's axis values with the least mean loss over the seeds, that loss, number of values compared).
+    Values that have run with fewer seeds than others do not count."""
     losses = {}  # {values of the axes: {seed: loss}}
     for row in rows:
         if all(row[key] == value for key, value in sweep.models[0].items()):
@@ -107,14 +96,10 @@ def write_best(path, sweep, rows, overrides):
     """Write the best point as a config for train.py."""
     setting, loss, num_points = best_setting(sweep, rows)
     config = sweep.train_config({**sweep.points[0], **setting})
-    values = {}
-    for key, value in asdict(config).items():
-        changed = value != DEFAULTS[key] or key in SHAPE_KEYS or key in sweep.axes
-        if changed and key not in NOT_SWEPT and key != 'seed':
-            values[key] = value
-    for key in NOT_SWEPT:  # those that the user set are for train.py
-        if key in overrides and key not in ('out_dir', 'overwrite'):
-            values[key] = overrides[key]
+    always = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim', *sweep.axes)
+    values = {key: value for key, value in asdict(config).items()
+              if (key in always or value != DEFAULTS[key]) and key not in (*NOT_SWEPT, 'seed')}
+    values.update({key: overrides[key] for key in NOT_SWEPT if key in overrides and key != 'overwrite'})  # for train.py
     values['out_dir'] = str(Path(path).with_suffix(''))
     lines = [f'# The best of {num_points} points: validation loss {loss:.4f} at {config.n_layer} layers x '
              f'{config.n_embd}. Values at the base shape, {config.base_n_layer} x {config.base_n_embd}.',
@@ -127,15 +112,17 @@ def main():
     """Returns the exit code: 0, or 1 if runs failed."""
     config, overrides = read_sweep(sys.argv[1:])
     sweep = Sweep(config, overrides)
-    costs = costs_of(sweep)
+    # refuse what cannot run before anything is written
+    datasets = {name: open_dataset(name) for name in dict.fromkeys(each.dataset for each in sweep.configs)}
+    pick_device(sweep.configs[0].device)
+    costs = {run: cost(each, datasets[each.dataset]) for run, each in dict(zip(sweep.digests, sweep.configs)).items()}
     out_dir = make_out_dir(config.out_dir)
     study = open_study(config)
     enqueue(study, sweep, out_dir)
     (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
-    points, models = len(sweep.points), len(sweep.models)
-    what = f'{models} model(s) x {points // models} = {points} points, {sweep.num_runs} different runs'
-    to_do = sweep.num_runs - len(finished_trials(study, sweep))
-    print(f"{f'{sweep.num_runs} runs' if sweep.sampled else what}, {max(0, to_do)} to do")
+    points, models, to_do = len(sweep.points), len(sweep.models), sweep.num_runs - len(finished_trials(study, sweep))
+    what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
+    print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {max(0, to_do)} to do")
     if config.stack > 1 and why_not_stack(sweep.configs[0]):
         print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
     run_workers(study, sweep, overrides, costs)

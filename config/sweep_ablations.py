@@ -1,5 +1,5 @@
-# Which changes keep the best learning rate where it is over width (arXiv:2404.05728): python sweep.py
-# config/sweep_ablations.py, data as in sweep_base.py
+# Which changes keep the best learning rate where it is over width (arXiv:2404.05728):
+# python sweep.py config/sweep_ablations.py, with the data of sweep_base.py
 # Hardware: any CPU. Time: an hour on 2 cores.
 from sweep_base import *
 

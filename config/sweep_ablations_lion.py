@@ -1,5 +1,5 @@
-# The same question as in sweep_ablations.py of Lion, whose rates are lower: python sweep.py
-# config/sweep_ablations_lion.py, data as in sweep_base.py; pip install lion-pytorch
+# The question of sweep_ablations.py for Lion, which needs lower learning rates (pip install lion-pytorch):
+# python sweep.py config/sweep_ablations_lion.py, with the data of sweep_base.py
 # Hardware: any CPU. Time: 2 minutes on 2 cores.
 from sweep_ablations import *
 

@@ -1,5 +1,5 @@
-# The variants of sweep_ablations.py whose best rate moves, or costs, at its one seed, with two others: python sweep.py
-# config/sweep_ablations_seeds.py, data as in sweep_base.py
+# Two more seeds for the variants of sweep_ablations.py whose best learning rate moved, or that lost, with one seed:
+# python sweep.py config/sweep_ablations_seeds.py, with the data of sweep_base.py
 # Hardware: any CPU. Time: half an hour on 2 cores.
 from sweep_ablations import *
 

@@ -1,6 +1,6 @@
-# Learning rate against batch size, the steps fixed: python sweep.py config/sweep_batch.py, and the same with
-# --n_embd=128 --out_dir=out/sweep_batch_128 for a second width (Tensor Programs V, arXiv:2203.03466)
-# Hardware: any CPU. Time: 4 minutes on 2 cores, 11 at the second width.
+# Learning rate against batch size at a fixed number of steps (Tensor Programs V, arXiv:2203.03466):
+# python sweep.py config/sweep_batch.py; for a second width add --n_embd=128 --out_dir=out/sweep_batch_128
+# Hardware: any CPU. Time: 4 minutes on 2 cores, 11 for the second width.
 from sweep_base import *
 
 out_dir = 'out/sweep_batch'

@@ -1,5 +1,5 @@
-# Learning rate against batch and duration, each 4 times the base's, with the rules of arXiv:2512.22382, Table 1, and
-# without: python sweep.py config/sweep_batch_and_duration.py
+# Learning rate at 4 times the base's batch or duration, with and without the rules of arXiv:2512.22382, Table 1:
+# python sweep.py config/sweep_batch_and_duration.py
 # Hardware: any CPU. Time: 4 minutes on 2 cores.
 from sweep_base import *
 

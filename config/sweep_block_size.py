@@ -1,5 +1,5 @@
-# Learning rate against sequence length, tokens a step fixed: python sweep.py config/sweep_block_size.py, and the same
-# with --n_embd=128 --out_dir=out/sweep_block_size_128 for a second width (Tensor Programs V, arXiv:2203.03466)
+# Learning rate against sequence length at fixed tokens per step (Tensor Programs V, arXiv:2203.03466):
+# python sweep.py config/sweep_block_size.py; for a second width add --n_embd=128 --out_dir=out/sweep_block_size_128
 # Hardware: any CPU. Time: 3 minutes on 2 cores, 9 for the second width.
 from sweep_base import *
 

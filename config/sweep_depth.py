@@ -1,5 +1,5 @@
 # Learning rate against depth: python sweep.py config/sweep_depth.py (CompleteP, arXiv:2505.01618, Fig. 2)
-# Hardware: any CPU. Time: 25 minutes a seed on 2 cores.
+# Hardware: any CPU. Time: 25 minutes per seed on 2 cores.
 from sweep_base import *
 
 out_dir = 'out/sweep_depth'

@@ -1,6 +1,6 @@
-# Wide or deep at the same number of hidden weights, base hyperparameters untouched (arXiv:2505.01618, Fig. 1):
+# Wide or deep at the same number of hidden weights, with the same base hyperparameters (arXiv:2505.01618, Fig. 1):
 # python sweep.py config/sweep_n_over_l.py
-# Hardware: any CPU. Time: 6 minutes a seed on 2 cores.
+# Hardware: any CPU. Time: 6 minutes per seed on 2 cores.
 from sweep_base import *
 
 out_dir = 'out/sweep_n_over_l'

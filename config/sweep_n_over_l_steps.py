@@ -1,5 +1,5 @@
-# How many steps completep needs for the loss that mup has after all of them, wide to deep (arXiv:2505.01618, Fig. 1):
-# python sweep.py config/sweep_n_over_l_steps.py, read beside results/sweep_n_over_l
+# How many steps completep needs, from wide to deep, to reach the final loss of mup (arXiv:2505.01618, Fig. 1):
+# python sweep.py config/sweep_n_over_l_steps.py; compare with results/sweep_n_over_l
 # Hardware: any CPU. Time: 10 minutes on 2 cores.
 from sweep_n_over_l import *
 

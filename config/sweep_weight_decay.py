@@ -1,6 +1,6 @@
-# Weight decay and learning rate at the base shape, for a sweep over depth with the best of them:
+# Weight decay and learning rate at the base shape, to choose the best for a sweep over depth:
 # python sweep.py config/sweep_weight_decay.py
-# Hardware: any CPU. Time: 3 minutes a seed on 2 cores.
+# Hardware: any CPU. Time: 3 minutes per seed on 2 cores.
 from sweep_base import *
 
 out_dir = 'out/sweep_weight_decay'

@@ -1,5 +1,5 @@
 # Learning rate against width: python sweep.py config/sweep_width.py (Tensor Programs V, arXiv:2203.03466, Figs. 1, 3)
-# Hardware: any CPU. Time: 15 minutes a seed on 2 cores.
+# Hardware: any CPU. Time: 15 minutes per seed on 2 cores.
 from sweep_base import *
 
 out_dir = 'out/sweep_width'

@@ -35,7 +35,8 @@ def require_values(config, at_least={}, fractions=(), below_one=(), choices={}):
     for key in below_one:
         require(config, key, 0 <= getattr(config, key) < 1, 'use a value in [0, 1)')
     for key, allowed in choices.items():
-        require(config, key, getattr(config, key) in allowed, f"use one of {', '.join(allowed)}")
+        names = ', '.join(name or "''" for name in allowed)
+        require(config, key, getattr(config, key) in allowed, f'use one of {names}')
 
 
 def exit_on_user_error(main, if_stopped='stopped'):

@@ -1,7 +1,10 @@
-"""Tests of coord_check.py: its numbers against arithmetic, its verdicts against planted faults, its messages."""
+"""Tests of coordinate checks: the numbers against arithmetic, the verdicts against planted faults, the messages."""
 import csv
 import math
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,23 +19,21 @@ from test_train import run
 import coord_check
 import model
 from configurator import configure
-from coord_check import (
-    AXES,
+from coord_check import AXES, CoordCheckConfig, checks_of_axis, main
+from nanop.coordinates import (
     FLAT,
-    CoordCheckConfig,
+    CoordinateReport,
     Line,
-    Report,
     around,
     check,
     distance_from_linearization,
     fit,
-    main,
     measure,
-    plan,
-    write_csv,
+    write_slopes,
 )
 from nanop.dataset import Dataset
 from nanop.errors import UserError
+from nanop.machine import Machine
 from nanop.tokenizer import ByteTokenizer
 from nanop.write_dataset import write_dataset
 from test_model import VARIANTS, label, skip_without_its_package
@@ -54,11 +55,12 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def reports(data_dir):
-    """Runs the checks of one axis at tiny sizes: {name: Report}."""
+    """A function that runs the checks of one axis at tiny sizes: {name: report}."""
     def run_axis(axis, **changes):
         config = CoordCheckConfig(axes=axis, dataset=data_dir, **{**TINY, **changes})
+        machine = Machine(torch.device('cpu'), torch.float32)
         return {name: check(**arguments)
-                for name, arguments in plan(config, axis, Dataset(data_dir), torch.device('cpu')).items()}
+                for name, arguments in checks_of_axis(config, axis, Dataset(data_dir), machine).items()}
     return run_axis
 
 
@@ -86,13 +88,36 @@ OPTIMIZERS = [dict(optimizer='lion'), dict(optimizer='muon', learning_rate=4e-3)
               dict(optimizer='sgd', learning_rate=0.2, weight_decay=0.0, alpha=0.5)]
 
 
-@pytest.mark.parametrize('axis', ['width', 'depth'])
-@pytest.mark.parametrize('variant', [*VARIANTS, *OPTIMIZERS], ids=label)
+BOTH = 'norm=rmsnorm,qk_norm=True,pos=rope,n_kv_head=1,activation=swiglu,bias=False'
+# of the long check: two models that hold most changes, and what the quick one below cannot judge
+NOT_SLOW = {(BOTH, 'width'), (BOTH, 'depth'), ('zero_init_unembed=True', 'width'),
+            ('pos=alibi,activation=relu2,attn_scale=1/N,n_kv_head=2,norm=rmsnorm', 'width'),
+            *zip(map(label, OPTIMIZERS[1:]), ('width', 'width', 'depth'))}
+
+
+@pytest.mark.parametrize('variant, axis', [
+    pytest.param(variant, axis, id=f'{label(variant)}-{axis}',
+                 marks=[] if (label(variant), axis) in NOT_SLOW else pytest.mark.slow)
+    for variant in [*VARIANTS, *OPTIMIZERS] for axis in ('width', 'depth')])
 def test_every_variant_keeps_the_promise(reports, variant, axis):
-    """Each change from the default, beside a control that has it, too, and must fail."""
+    """Each change from the default. The control has the change, too, and must fail."""
     skip_without_its_package(variant.get('optimizer'))
     report, = reports(axis, parameterization='completep', seeds=6, probe_tokens=256, **variant).values()
     assert report.passed, report
+
+
+@pytest.mark.parametrize('variant', [variant for variant in [*VARIANTS, *OPTIMIZERS[:1]]
+                                     if variant != dict(zero_init_unembed=True)], ids=label)
+def test_every_variant_takes_the_steps_of_its_rules(reports, variant):
+    """A quick look: after one step the updates and the decay of weights have the slopes of the rules, and without the
+    rules they have not. Updates of Muon and SGD need more steps and seeds; without an unembedding nothing moves."""
+    skip_without_its_package(variant.get('optimizer'))
+    quick = dict(seeds=2, steps=1, batch_tokens=128, batch_size=4, control='none')
+    failed = {}
+    for rules in ('completep', 'sp'):
+        report, = reports('width', parameterization=rules, **quick, **variant).values()
+        failed[rules] = [str(line) for line in report.failures if line.quantity in ('update', 'decay')]
+    assert failed['sp'] and not failed['completep'], failed
 
 
 def rules_with(monkeypatch, **mutated):
@@ -145,7 +170,7 @@ FAULTS = {
     'one layer of eight wrong': lambda patch: patch.setattr(coord_check, 'GPT', OneBadLayer),
 }
 
-# what gives a fault away on an axis; to what is not here the axis is blind: there the forgotten factor is 1, or cancels
+# what shows a fault on an axis; to the other faults the axis is blind: there the forgotten factor is 1, or cancels
 SEEN = {
     ('hidden lr not scaled', 'width'): ('update', 'hidden_weight'),
     ('hidden lr not scaled', 'density'): ('update', 'hidden_weight'),
@@ -217,10 +242,23 @@ def test_planted_faults_in_variants(reports, monkeypatch, fault):
 
 
 def test_the_readme_says_which_fault_is_seen_where():
-    text = (ROOT / 'README.md').read_text()
+    """The table in docs/coord_check.md."""
+    text = (ROOT / 'docs' / 'coord_check.md').read_text()
     for fault in FAULTS:
         cells = re.search(rf'^\| {fault} \|(.*)\|$', text, re.MULTILINE).group(1).split('|')
         assert [cell.strip() for cell in cells] == [SEEN.get((fault, axis), [''])[0] for axis in AXES]
+
+
+def test_the_docs_say_which_rules_pass_where():
+    """The table in docs/coord_check.md, against the verdicts in results/coord_check."""
+    text = (ROOT / 'docs' / 'coord_check.md').read_text()
+    for name in model.PARAMETERIZATIONS:
+        with open(ROOT / 'results' / 'coord_check' / name / 'coord_check.csv', newline='') as file:
+            rows = [row for row in csv.DictReader(file) if row['model'] == name]
+        cells = re.search(rf'^\| `{name}` \|(.*)\|$', text, re.MULTILINE).group(1).split('|')
+        for axis, cell in zip(AXES, cells, strict=True):
+            failed = any(row['verdict'] == 'fail' for row in rows if row['check'].startswith(axis))
+            assert cell.strip() == ('**FAIL**' if failed else 'pass'), (name, axis)
 
 
 def test_a_control_that_passes_is_a_fail(reports):
@@ -232,7 +270,7 @@ def test_a_control_that_passes_is_a_fail(reports):
 def test_depth_mup_is_stable_over_depth_but_lazy(reports):
     report = reports('depth', parameterization='depth_mup')['depth']
     assert report.passed, report
-    lazy = reports('laziness', parameterization='depth_mup')  # which is its own control, so that none runs
+    lazy = reports('laziness', parameterization='depth_mup')  # its own control, so none runs
     assert not any(report.passed or report.control for report in lazy.values())
 
 
@@ -364,7 +402,7 @@ def test_where_layers_vary_in_number_the_extremes_are_judged():
 def test_checks_repeat_exactly_and_seeds_differ(reports, tmp_path):
     files = []
     for i in range(2):
-        write_csv(tmp_path / f'{i}.csv', reports('width', control='none', steps=2))
+        write_slopes(tmp_path / f'{i}.csv', reports('width', control='none', steps=2))
         files.append((tmp_path / f'{i}.csv').read_bytes())
     assert files[0] == files[1]
     with open(tmp_path / '0.csv', newline='') as file:
@@ -414,7 +452,7 @@ def test_a_noisy_control_does_not_count_as_failing():
     flat = failing._replace(slope=0.0, stderr=0.0)
     started_wrong = failing._replace(quantity='activation', step=0)
     def report(*control):
-        return Report('', 'size', [1, 2, 4], ('a', 'b'), [flat], list(control))
+        return CoordinateReport('', 'size', [1, 2, 4], ('a', 'b'), [flat], list(control))
     assert not report(noisy).passed and not report(flat, started_wrong).passed and report(noisy, failing).passed
 
 
@@ -469,16 +507,47 @@ def test_expected_slopes_can_be_numbers_bands_or_none():
 
 
 def readme_examples():
-    text = (ROOT / 'README.md').read_text()
-    return [code for code in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if 'coord_check.check(' in code]
+    text = (ROOT / 'docs' / 'coord_check.md').read_text()
+    return [code for code in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if 'report = check(' in code]
 
 
 @pytest.mark.parametrize('i', range(2))
 def test_readme_examples(i, capsys):
+    """The two models in docs/coord_check.md."""
     code = readme_examples()[i]
-    assert len(code.splitlines()) <= 30
-    exec(compile(code, 'README.md', 'exec'), {})
+    assert len(code.splitlines()) <= 31
+    exec(compile(code, 'docs/coord_check.md', 'exec'), {})
     assert capsys.readouterr().out.splitlines()[-1].startswith('PASS: all')
+
+
+def run_in(folder, code, path):
+    """A Python process in a folder that has its own modules `model` and `train`, with `path` to import from."""
+    for name in ('model', 'train', 'configurator'):
+        (folder / f'{name}.py').write_text(f"raise ImportError('the {name}.py of another project')\n")
+    (folder / 'mine.py').write_text(code)
+    return subprocess.run([sys.executable, 'mine.py'], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(path)})
+
+
+def test_own_code_has_its_own_model_and_train(tmp_path):
+    """The first model in docs/coord_check.md, from a nanoGPT-shaped folder."""
+    done = run_in(tmp_path, readme_examples()[0], ROOT)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith('PASS: all'), done.stderr
+
+
+def test_pip_installs_the_library_alone(tmp_path):
+    pytest.importorskip('setuptools', reason='the build needs setuptools')
+    source, target = tmp_path / 'source', tmp_path / 'target'
+    shutil.copytree(ROOT / 'nanop', source / 'nanop', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, source)
+    done = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation',
+                           f'--target={target}', source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in target.iterdir() if not path.name.endswith('.dist-info')) == ['nanop']
+    code = 'from nanop.coordinates import check; import nanop.coordinates; print(nanop.coordinates.__file__)'
+    done = run_in(tmp_path, code, target)
+    assert done.stdout.startswith(str(target)), done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -496,15 +565,16 @@ def flags(data_dir, tmp_path, **changes):
     return [f'--{key}={value}' for key, value in values.items()]
 
 
-def test_exit_codes_and_files(data_dir, tmp_path):
-    done = run('coord_check.py', *flags(data_dir, tmp_path, axes='laziness,density', parameterization='completep_supar',
-                                        steps=5, seeds=3))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count('\nPASS  ') == 3
+def test_exit_codes_and_files(data_dir, tmp_path, monkeypatch, capsys):
+    def main_with(**changes):
+        monkeypatch.setattr(sys, 'argv', ['coord_check.py', *flags(data_dir, tmp_path, **changes)])
+        return main(), capsys.readouterr().out
+    code, out = main_with(axes='laziness,density', parameterization='completep_supar', steps=5, seeds=3)
+    assert code == 0 and out.count('\nPASS  ') == 3, out
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
         'coord_check.csv', 'density.png', 'laziness.png', 'laziness_toy.png']
-    done = run('coord_check.py', *flags(data_dir, tmp_path, axes='depth', parameterization='mup', control='none'))
-    assert done.returncode == 1 and 'FAIL: ' in done.stdout and 'FAIL  depth: mup' in done.stdout
+    code, out = main_with(axes='depth', depths='2,4,8', parameterization='mup', control='none')
+    assert code == 1 and 'FAIL: ' in out and 'FAIL  depth: mup' in out
     done = run('coord_check.py', '--axes=width,hight')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and "axis 'hight' is not known" in done.stderr
 
@@ -512,25 +582,27 @@ def test_exit_codes_and_files(data_dir, tmp_path):
 @pytest.mark.parametrize('changes, message', [
     (dict(axes=''), "axis '' is not known: use width, depth, density, laziness"),
     (dict(widths='64,100,128'), 'n_embd=100 is not allowed: use a multiple of head_dim=16'),
-    (dict(widths='64,128'), 'widths=64,128 gives no slope: use at least three different sizes'),
+    (dict(widths='64,128'), "widths='64,128' is not allowed: it gives no slope, use at least three different sizes"),
     (dict(widths='64,wide,128'), "widths='64,wide,128' is not a list of ints: write --widths=64,128,256,512"),
     (dict(axes='depth', depths='2,4,4'), 'use at least three different sizes'),
     (dict(axes='depth', depths='0,2,4'), 'n_layer=0 is not allowed'),
     (dict(axes='density', densities='0.5,1,2'), 'density=2.0 is not allowed: use a value in (0, 1]'),
     (dict(axes='density', densities='0,0.5,1'), 'density=0.0 is not allowed'),
     (dict(parameterization='mu'), "parameterization='mu' is not allowed"),
-    (dict(control='mu'), "control='mu' is not known: use none, gpt2, sp"),
-    (dict(control='completep_supar'), "control='completep_supar' is what is checked"),
+    (dict(control='mu'), "control='mu' is not allowed: use one of '', none, gpt2, sp"),
+    (dict(control='completep_supar'), "control='completep_supar' is not allowed: it is what is checked"),
     (dict(beta1=1.0), 'beta1=1.0 is not allowed: use a value in [0, 1)'),
     (dict(axes='laziness', depths='1,2,4'), 'at least 2 layers'),
-    (dict(parameterization='mup', alpha=0.75), "does not see depth"),
+    (dict(parameterization='mup', alpha=0.75), "ignores depth"),
     (dict(seeds=1), 'seeds=1 is not allowed: use a finite value of at least 2'),
     (dict(steps=0), 'steps=0 is not allowed'),
     (dict(batch_tokens=100), 'batch_tokens=100'),
     (dict(probe_tokens=0), 'probe_tokens=0'),
     (dict(learning_rate=-1.0), 'learning_rate=-1.0'),
     (dict(dataset='nowhere'), 'no dataset'),
-    (dict(dtype='float8'), "dtype='float8' is not known"),
+    (dict(base_n_embd=64), 'base_n_embd=64 is not allowed: the check sets it'),
+    (dict(mask_seed=2), 'mask_seed=2 is not allowed: the check sets it'),
+    (dict(dtype='float8'), "dtype='float8' is not allowed"),
     (dict(out_dir='/proc/nowhere'), "out_dir='/proc/nowhere' cannot be written"),
 ])
 def test_bad_input_is_one_line(data_dir, tmp_path, monkeypatch, changes, message):

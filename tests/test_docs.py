@@ -6,15 +6,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import stress_faults
+import stress_hosts
 
 import bench
 import coord_check
 import sample
-import stress_faults
-import stress_hosts
 import sweep
 from configurator import configure
-from nanop.errors import UserError
+from tools.sweep_report import compare, curve_of, mean_loss, optimum, read_trials
 from train import TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,3 +94,95 @@ def test_commands_are_commands(words):
                 arguments:  # these parse their own flags; that one is for the patched nanoGPT
             return
         check_flags(script, arguments)
+
+
+# -----------------------------------------------------------------------------
+# Figures: each is computed from committed results, and the sentence that states it must be in the page
+
+TYPES = dict(n_layer=int, n_embd=int, density=float, parameterization=str, learning_rate=float, seed=int)
+
+
+def curves(sweep_name, rules, shape_key):
+    """The curves over the learning rate of one parameterization, from the first shape of the sweep to its last."""
+    rows = [row for row in read_trials(ROOT / 'results' / sweep_name / 'trials.csv', TYPES)
+            if row['parameterization'] == rules]
+    shapes = list(dict.fromkeys(row[shape_key] for row in rows))
+    return [curve_of([row for row in rows if row[shape_key] == shape], 'learning_rate', []) for shape in shapes]
+
+
+def best_loss(curve):
+    return mean_loss(optimum(curve).losses)
+
+
+def statements():
+    """(page, a sentence's part with its figures computed)"""
+    width = {rules: compare(curves('sweep_width', rules, 'n_embd')) for rules in ('sp', 'completep')}
+    deep = {rules: compare(curves('sweep_depth', rules, 'n_layer')) for rules in ('sp', 'depth_mup', 'completep')}
+    ends = {rules: curves('sweep_depth_500_ends', rules, 'n_layer') for rules in ('sp', 'depth_mup', 'completep')}
+    decay = {rules: compare(curves('sweep_depth_decay', rules, 'n_layer')) for rules in deep}
+    sparse = {rules: curves('sweep_density', rules, 'density') for rules in ('sp', 'mup', 'supar')}
+    sp, completep, half = width['sp'], width['completep'], deep['depth_mup']
+    falls = f'falls by {-sp.drift:.2f} ± {sp.drift_error:.2f} octaves'
+    for page in ('README.md', 'docs/results.md'):
+        yield page, falls
+        yield page, f'rate costs {100 * half.regret_frac:.1f}%' if page != 'README.md' else \
+            f'keeping it costs {100 * half.regret_frac:.1f}%'
+        yield page, f'drifts by {half.drift:.1f} ± {half.drift_error:.1f} octaves'
+    yield 'README.md', f'rate costs {100 * sp.regret_frac:.0f}% of the loss'
+    yield 'README.md', f'({completep.drift:+.2f} ± {completep.drift_error:.2f}) and keeping it costs nothing'
+    yield 'docs/results.md', f'narrowest costs {100 * sp.regret_frac:.0f}% of the loss'
+    yield 'docs/results.md', f'stays ({completep.drift:+.2f} ± {completep.drift_error:.2f} octaves)'
+    c = deep['completep']
+    yield 'docs/results.md', f'(drift {c.drift:+.2f} ± {c.drift_error:.2f} octaves, regret {100 * c.regret_frac:.0f}%)'
+    lost = curves('sweep_depth', 'sp', 'n_layer')
+    yield 'docs/results.md', f'lose {best_loss(lost[-1]) - best_loss(lost[0]):.2f} nats from 2 layers to 32'
+    yield 'docs/results.md', f"({deep['sp'].drift:.1f} ± {deep['sp'].drift_error:.1f})"
+    gain = {rules: best_loss(of[0]) - best_loss(of[-1]) for rules, of in ends.items()}
+    c = compare(ends['completep'])
+    yield 'docs/results.md', (f'32 layers are {gain["completep"]:.2f} nats better than 2 under `completep` (drift '
+                              f'{c.drift:.1f} ± {c.drift_error:.1f}, regret {100 * c.regret_frac:.0f}%) and '
+                              f'{-gain["sp"]:.2f} worse under `sp`')
+    c = compare(ends['depth_mup'])
+    yield 'docs/results.md', f'`depth_mup` costs {100 * c.regret_frac:.1f} ± {100 * c.regret_error:.1f}%'
+    sp, half, completep = (f'{100 * decay[rules].regret_frac:.1f}%' for rules in decay)
+    yield 'docs/results.md', f'costs {sp} under `sp`, {half} under `depth_mup` and {completep} under `completep`'
+    c = compare(sparse['supar'])
+    yield 'docs/results.md', f'stays ({c.drift:.2f} octaves, regret {100 * c.regret_frac:.0f}%)'
+    costs = [f"{100 * compare(sparse[rules]).regret_frac:.0f}%" for rules in ('sp', 'mup')]
+    yield 'docs/results.md', f"costs {' and '.join(costs)}"
+    assert compare(sparse['sp']).drift > 3 and compare(sparse['mup']).drift > 2  # "more than 3 and 2 octaves"
+    sp, mup, supar = (f'{best_loss(of[-1]):.2f}' for of in sparse.values())
+    yield 'docs/results.md', f'({sp} and {mup} against {supar} at 1/8)'
+    demo = json.loads(text_of('results/completep_small/summary.json'))
+    yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
+    yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"
+    target = json.loads(text_of('results/tune_proxy/target_summary.json'))['val_loss']
+    direct = [row['val_loss'] for row in read_trials(ROOT / 'results/tune_direct/trials.csv', TYPES)]
+    searches = [min(direct[i:i + 4]) for i in range(0, 16, 4)]
+    yield 'README.md', f'gives {target:.3f} nats at 16 x 64'
+    yield 'README.md', f'give {sum(searches) / 4:.3f} on average'
+
+
+@pytest.mark.parametrize('page, part', statements())
+def test_figures_are_those_of_the_results(page, part):
+    assert part in ' '.join(text_of(page).split())
+
+
+@pytest.mark.parametrize('shape', ['4x128', '6x384', '12x768'])
+def test_speeds_are_those_of_the_benchmarks(shape):
+    """A cell of docs/speed.md is the range of the medians of all compiled runs against that peer."""
+    with open(ROOT / 'results/bench/steps.csv', newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row['shape'] == shape and row['compile'] == 'True']
+    line = next(line for line in text_of('docs/speed.md').splitlines()
+                if line.startswith(f"| {shape.replace('x', ' x ')} |"))
+    cells = [cell.strip() for cell in line.strip('|').split('|')][1:]
+    for i, peer in enumerate(('nanoGPT ', 'nanoGPT-mup ')):
+        runs = {}
+        for row in rows:
+            if row['peer'].startswith(peer) and row['contestant'].startswith('peer'):
+                runs.setdefault(row['commit'], {})[row['contestant']] = float(row['nanop_is_faster_by'])
+        shipped = [run['peer, float32, compiled'] for run in runs.values()]
+        best = [min(speed for name, speed in run.items() if 'bfloat16' in name) for run in runs.values()]
+        for cell, speeds in ((cells[2 * i], shipped), (cells[2 * i + 1], best)):
+            ends = list(dict.fromkeys(f'{speed:.1f}x' for speed in (min(speeds), max(speeds))))
+            assert cell == ' to '.join(ends), (peer, cell, speeds)

@@ -50,10 +50,8 @@ def why_not_stack(config):
 
 
 def stack_size(config):
-    """How many runs like this one to train at once: as many as fill a GPU, but not its memory; 1 on a CPU.
-
-    On a CPU a stack is no faster than one run after the other (see LOG.md). The estimate for GPUs is not measured.
-    """
+    """How many runs like this one to train at once: as many as fill a GPU, but not its memory (an estimate, not
+    measured); 1 on a CPU, where a stack is no faster than one run after the other (see LOG.md)."""
     device = pick_device(config.device)
     if device.type != 'cuda' or why_not_stack(config):
         return 1
@@ -90,22 +88,15 @@ class Stack:
         self.shared.input_mult = self.shared.output_mult = 1.0
         for block in self.shared.transformer.h:
             block.branch_mult = block.attn.logit_mult = 1.0
-        self.factors = self.weight_factors()
-
-    def weight_factors(self):
-        """{end of a module's name: (K,) or (K, rows)}: each model's multipliers, as factors on weights.
-
-        The factor on the attention logits goes to the rows of c_attn that make the queries.
-        """
-        def of_models(values):
-            return torch.tensor(list(values), device=next(iter(self.params.values())).device)
-        n_embd, blocks = self.models[0].config.n_embd, [model.transformer.h[0] for model in self.models]
-        key_and_value_rows = blocks[0].attn.c_attn.out_features - n_embd
-        rows = of_models([block.attn.logit_mult] * n_embd + [1.0] * key_and_value_rows for block in blocks)
-        inputs = of_models(model.input_mult for model in self.models)
-        outputs = of_models(model.output_mult for model in self.models)
-        return {'attn.c_attn': rows, 'c_proj': of_models(block.branch_mult for block in blocks),
-                'transformer.wte': inputs, 'transformer.wpe': inputs, 'lm_head': outputs}
+        # each model's multipliers become factors on its weights, (K,) or (K, rows), by the end of the module's name;
+        # the factor on the attention logits goes to the rows of c_attn that make the queries
+        n_embd, blocks = models[0].config.n_embd, [model.transformer.h[0] for model in models]
+        other_rows = blocks[0].attn.c_attn.out_features - n_embd
+        inputs = [model.input_mult for model in models]
+        factors = {'attn.c_attn': [[block.attn.logit_mult] * n_embd + [1.0] * other_rows for block in blocks],
+                   'c_proj': [block.branch_mult for block in blocks], 'transformer.wte': inputs,
+                   'transformer.wpe': inputs, 'lm_head': [model.output_mult for model in models]}
+        self.factors = {end: torch.tensor(values, device=p.device) for end, values in factors.items()}
 
     def multiplied_params(self):
         """`params` times their factors, so that the shared model computes what each of the K computes."""
@@ -123,7 +114,6 @@ class Stack:
         """Mean losses (K,) of K batches, each a pair of inputs (B, T) and targets (B, T)."""
         inputs = torch.stack([batch[0] for batch in batches])  # (K, B, T)
         targets = torch.stack([batch[1] for batch in batches])
-
         with machine.autocast():
             return vmap(lambda weights, x, y: functional_call(self.shared, weights, (x, y))[1])(
                 {**self.multiplied_params(), **self.masks}, inputs, targets)
@@ -149,10 +139,7 @@ def stack_val_losses(stack, data, config, batch_size, machine):
 
 
 def train_stack(configs):
-    """Train a stack; nothing is written. Returns what train() returns for each of `configs`.
-
-    A run that diverges stops there; the others go on.
-    """
+    """Train a stack, writing nothing. Returns what train() returns for each config; if one diverges, others go on."""
     c, K = configs[0], len(configs)
     assert len({stackable(config) for config in configs}) == 1, 'only runs of one shape make a stack'
     warnings.filterwarnings('ignore', 'There is a performance drop')  # on a CPU, attention has no batched form

@@ -37,10 +37,8 @@ def combinations(axes):
 
 
 def random_value(rng, values):
-    """A random value between the least and the greatest of `values`, or one of them if they are text or bools.
-
-    Log-uniform if all are above zero. An integer is a multiple of the greatest common divisor of `values`.
-    """
+    """One of `values` if they are text or bools, else a number between the least and the greatest, log-uniform if all
+    are above zero; an integer is a multiple of their greatest common divisor."""
     if isinstance(values[0], (str, bool)):
         return values[rng.integers(len(values))]
     least, most = min(values), max(values)
@@ -75,6 +73,8 @@ def cost(config, data):
     make_optimizer(model, rescaled(config, steps), 'meta')
     return flops_per_token(model) * (steps * config.batch_tokens + config.eval_tokens / 3)
 
+
+
 def listed_values(overrides):
     """{key: [value, ..]} of the overrides, with the defaults of the keys that every sweep has."""
     values = {key: value if isinstance(value, list) else [value] for key, value in overrides.items()}
@@ -89,10 +89,8 @@ def listed_values(overrides):
 
 
 def typed_dicts(name, dicts, overrides, complete=False):
-    """`dicts` with values of the right types, or [{}] if there are none. All must have the same keys.
-
-    With `complete`, a dict that lacks a key of another one gets the usual value.
-    """
+    """`dicts` with values of the right types, or [{}] if there are none. All must have the same keys; with `complete`,
+    a dict that lacks a key of another one gets the usual value."""
     ok = all(isinstance(each, dict) for each in dicts)
     if ok and complete:
         usual = {**DEFAULTS, **overrides}
@@ -150,10 +148,8 @@ class Sweep:
         if search != 'grid' and all(len(held) < 2 for held in self.axes.values()):
             raise UserError(f"search='{search}' has nothing to search: give an axis its least and greatest value, such "
                             'as --learning_rate=0.0005,0.05')
-        if search == 'random':
-            settings = random_settings(self.axes, self.config.trials, self.config.search_seed)
-        else:
-            settings = combinations(self.axes)
+        settings = combinations(self.axes) if search != 'random' else \
+            random_settings(self.axes, self.config.trials, self.config.search_seed)
         # one seed after the other, so that a sweep that was stopped has whole ones
         return [{**model, **setting, 'seed': seed} for seed in seeds for model in self.models for setting in settings]
 

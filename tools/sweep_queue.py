@@ -35,8 +35,7 @@ from tools.sweep_report import RESULTS, read_trials
 from train import TRAIN_CHOICES, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
-    'tpe': (lambda seed: optuna.samplers.TPESampler(), None),
-    'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
+    'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
     'qmc': (lambda seed: optuna.samplers.QMCSampler(seed=seed), 'scipy'),
     'cmaes': (lambda seed: optuna.samplers.CmaEsSampler(), 'cmaes'),
 }
@@ -124,8 +123,8 @@ def enqueue(study, sweep, out_dir):
 
     queue = []  # (point, state and results)
     for row in {row['trial']: row for row in rows}.values():  # equal points share a trial
-        results = {key: row[key] for key in KEPT}
-        queue.append((row, dict(state=TrialState.COMPLETE, value=row['val_loss'], user_attrs=results)))
+        results = dict(value=row['val_loss'], user_attrs={key: row[key] for key in KEPT})
+        queue.append((row, dict(results, state=TrialState.COMPLETE)))
     queue += [(point, dict(state=TrialState.WAITING)) for point in sweep.points if not sweep.sampled]
     held = {key: [point[key] for point, _ in queue] for key in sweep.facts['differ']}
     there = {sweep.digest_of(trial) for trial in trials_of(study, *ALIVE)}
@@ -156,8 +155,6 @@ def require_same_sweep(known, facts, whose):
         raise UserError(f"{whose} is of another sweep: {'; '.join(changes)}. Use another --out_dir or --study")
 
 
-# -----------------------------------------------------------------------------
-# What a worker does
 def requeue_stale_trials(study, heartbeat_s):
     """Put the trials of workers that died back into the queue."""
     optuna.storages.fail_stale_trials(study)  # those without a heartbeat for too long
@@ -174,15 +171,6 @@ def num_sampled(study, before=math.inf):
                for trial in trials_of(study) if trial.number < before)
 
 
-def is_superfluous(study, sweep, trial):
-    """Whether a taken trial need not run: another worker took the last one, or two machines queued the same point."""
-    if sweep.sampled:
-        return num_sampled(study, before=trial.number) >= sweep.config.trials
-    return not trial.params or any(  # Optuna makes an empty trial if none waits
-        other.number < trial.number and sweep.digest_of(other) == sweep.digest_of(trial)
-        for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE))
-
-
 def take(study, sweep, trials, heartbeats):
     """Append the trials of the next stack to `trials`, none if none is left; the ExitStack `heartbeats` ends theirs."""
     distributions, wanted = None, 1
@@ -196,7 +184,13 @@ def take(study, sweep, trials, heartbeats):
         heartbeats.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
         trial.set_user_attr('worker', f'{platform.node()}:{os.getpid()}')
         trials.append(trial)
-        if is_superfluous(study, sweep, trial):
+        if sweep.sampled:
+            superfluous = num_sampled(study, before=trial.number) >= sweep.config.trials
+        else:  # Optuna makes an empty trial if another worker took the last one; two machines may queue the same point
+            superfluous = not trial.params or any(
+                other.number < trial.number and sweep.digest_of(other) == sweep.digest_of(trial)
+                for other in trials_of(study, TrialState.RUNNING, TrialState.COMPLETE))
+        if superfluous:
             study.tell(trials.pop(), state=TrialState.PRUNED)
             continue
         try:
@@ -257,9 +251,8 @@ def train_and_tell(study, stack):
 def tell(study, trial, attrs={}, **outcome):
     """Tell the study how a trial ended, unless it has ended already: another worker may have run it again."""
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-        for key, value in attrs.items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            trial.set_user_attr(key, value if finite else None)  # JSON has neither infinity nor nan
+        for key, value in attrs.items():  # JSON has neither infinity nor nan
+            trial.set_user_attr(key, None if isinstance(value, float) and not math.isfinite(value) else value)
         study.tell(trial, skip_if_finished=True, **outcome)
 
 
@@ -289,8 +282,6 @@ def worker_main(*arguments):
         exit_on_user_error(lambda: work(*arguments))
 
 
-# -----------------------------------------------------------------------------
-# All workers of this machine
 def worker_places(num_workers, device):
     """(device, threads) of each worker; num_workers=0: one per GPU or core; threads 0: torch's choice."""
     kind = pick_device(device).type

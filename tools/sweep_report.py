@@ -59,7 +59,7 @@ def is_categorical(values):
 
 
 def position(value, values):
-    """Where a value of an axis is drawn and fitted: its log2 if all are above zero, its rank if they are categories."""
+    """Where a value of an axis is drawn and fitted: its log2 if all are above zero, its rank among text or bools."""
     if is_categorical(values):
         return float(sorted(values).index(value))
     return math.log2(value) if min(values) > 0 else float(value)
@@ -74,10 +74,8 @@ def standard_error(values):
 
 
 def curve_of(rows, axis, other_axes):
-    """The curve of rows along an axis, with the other axes at their best, on average over the seeds, at each value.
-
-    Means are compared over the same seeds: the ones that ran at every value, if there are any.
-    """
+    """The curve of rows along an axis; at each value the other axes are at their best, on average over the seeds that
+    ran at every value, if there are any."""
     losses_at = {}
     for row in rows:
         setting = (row[axis], *[row[key] for key in other_axes])
@@ -128,39 +126,28 @@ Comparison = namedtuple('Comparison', 'drift drift_error regret_frac regret_erro
 def compare(curves):
     """The Comparison of the curves of one parameterization, from the base shape to the target.
 
-    Drift: of the optimum. Regret: how much higher the target's loss is at the base's best value than at its own best.
-    Of the `shared` values that all shapes ran, each shape is `better` than the one before at that many. Errors are
-    standard errors over the seeds, or nan.
+    Drift: of the optimum. Regret: how much higher the target's loss is at the base's best value than at its own.
+    Errors: over the seeds, or nan. All shapes ran `shared` values; at `better`, each beats the shape before it.
     """
     first, last = optimum(curves[0]), optimum(curves[-1])
+    drift, drift_error = last.at - first.at, math.hypot(first.error, last.error)
     regret_frac = regret_error = math.nan
-    at_first_best = curves[-1].get(first.best)
-    if at_first_best:
-        regret_frac = mean_loss(at_first_best) / mean_loss(last.losses) - 1
-    if math.isfinite(regret_frac):
-        seeds = at_first_best.keys() & last.losses.keys()
-        regret_error = standard_error([at_first_best[seed] / last.losses[seed] - 1 for seed in seeds])
-    better = shared = 0
-    for value in curves[0]:
-        if all(value in curve for curve in curves):
-            means = [mean_loss(curve[value]) for curve in curves]
-            shared += 1
-            better += all(after < before for before, after in zip(means, means[1:]))
-    return Comparison(last.at - first.at, math.hypot(first.error, last.error), regret_frac, regret_error, better,
-                      shared)
+    if first.best in curves[-1]:
+        losses = curves[-1][first.best]
+        regret_frac = mean_loss(losses) / mean_loss(last.losses) - 1
+        if math.isfinite(regret_frac):
+            seeds = losses.keys() & last.losses.keys()
+            regret_error = standard_error([losses[seed] / last.losses[seed] - 1 for seed in seeds])
+    means = [[mean_loss(curve[value]) for curve in curves] for value in curves[0]
+             if all(value in curve for curve in curves)]
+    better = sum(all(after < before for before, after in zip(each, each[1:])) for each in means)
+    return Comparison(drift, drift_error, regret_frac, regret_error, better, len(means))
 
 
 # -----------------------------------------------------------------------------
 # The report
 def number(value):
     return f'{value:g}' if isinstance(value, float) else str(value)
-
-
-def power(value, values):
-    """A value as text, 2^k where that is exact."""
-    if isinstance(value, float) and min(values) > 0 and math.log2(value) == round(math.log2(value)):
-        return f'2^{round(math.log2(value))}'
-    return number(value)
 
 
 def plus_minus(value, error, form):
@@ -178,13 +165,11 @@ SEARCH_LEGEND = """\
 Each cell: the best value that was found, and its loss. Regret: how much higher the loss of the last shape is at the
 best value of the first shape than at its own."""
 
-class SweepReport:
-    """The tables and plots of a sweep.
 
-    `models` go from base to target; `axes` are what is tuned; `shared` are the keys that all runs share; with `fit` the
-    axes are grids, to which parabolas are fitted. Models that differ in `row_keys` get different rows of the tables and
-    panels of the plots.
-    """
+class SweepReport:
+    """The tables and plots of a sweep. `models` go from base to target; `axes` are what is tuned; `shared` are the keys
+    that all runs share; with `fit` the axes are grids, to which parabolas are fitted. Models that differ in `row_keys`
+    get different rows of the tables and panels of the plots."""
 
     def __init__(self, name, rows, models, axes, shared, fit=True, row_keys=('parameterization',)):
         self.name, self.rows, self.models, self.axes, self.shared = name, rows, models, list(axes), shared
@@ -227,8 +212,10 @@ class SweepReport:
 
     def optimum_text(self, curve):
         best = optimum(curve)
-        if not self.fit or is_categorical([best.best]) or len(curve) < 3:
-            return f'{power(best.best, curve)}: {mean_loss(best.losses):.4f}'
+        if not self.fit or is_categorical(curve) or len(curve) < 3:
+            exact = isinstance(best.best, float) and min(curve) > 0 and math.log2(best.best).is_integer()
+            value = f'2^{math.log2(best.best):.0f}' if exact else number(best.best)
+            return f'{value}: {mean_loss(best.losses):.4f}'
         at = plus_minus(best.at, best.error, '{:.2f}' if min(curve) > 0 else '{:.3g}')
         power_of_2 = '2^' if min(curve) > 0 else ''
         return f"{best.mark}{' ' if best.mark else ''}{power_of_2}{at}: {mean_loss(best.losses):.4f}"
@@ -285,9 +272,15 @@ class SweepReport:
     def plot(self, axis, path):
         """Loss against one axis: a panel for each row of rules, a line for each shape, with its minimum marked."""
         panels, values = self.curves(axis), sorted({row[axis] for row in self.rows})
-        limits = y_limits([curve for curves in panels.values() for curve in curves.values()])
-        if not limits:
+        means = []  # of each curve
+        for curves in panels.values():
+            means += [[mean_loss(losses) for losses in curve.values()] for curve in curves.values()]
+        finite = [loss for each in means for loss in each if loss < math.inf]
+        if not finite:
             return
+        # every minimum must show; a few runs that barely learned would flatten the curves
+        low, high = min(finite), max(np.quantile(finite, 0.9), *[min(each) for each in means if min(each) < math.inf])
+        limits = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
         columns = min(len(panels), 5)
         rows = math.ceil(len(panels) / columns)
         size = max(5.2, 3.7 * columns), 4.2 if rows == 1 else 3.6 * rows
@@ -358,17 +351,3 @@ class SweepReport:
         if self.shape_keys:
             self.plot_shapes(out_dir / 'shapes.png')
         return text
-
-
-def y_limits(curves):
-    """(bottom, top) that show every minimum and nine tenths of the losses, None if all diverged.
-
-    The minima are what matters: a few runs that barely learned would flatten them.
-    """
-    means = [[mean_loss(losses) for losses in curve.values()] for curve in curves]
-    finite = [loss for of_curve in means for loss in of_curve if loss < math.inf]
-    if not finite:
-        return None
-    minima = [min(of_curve) for of_curve in means if min(of_curve) < math.inf]
-    low, high = min(finite), max(np.quantile(finite, 0.9), *minima)
-    return low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
