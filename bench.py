@@ -90,8 +90,6 @@ class BenchConfig:
 
 # -----------------------------------------------------------------------------
 # A training step
-
-
 def step_row(contestant, ours, config, model, product_rate, peak):
     """The figures of one contestant as a row of the table and the CSV file; a figure that it does not have is ''."""
     step_s, trains = median(contestant.step_s), contestant.kind != 'products'
@@ -147,8 +145,6 @@ def bench_step(config, bench):
 
 # -----------------------------------------------------------------------------
 # Sampling, data preparation, sweeps
-
-
 def without_cache(model, ids, new_tokens):
     """Continue ids (B, T) with the likeliest tokens, without a cache. With the cache they must be the same."""
     for _ in range(new_tokens):
@@ -269,9 +265,6 @@ def bench_sweep(config, bench):
     if not_stacked:
         print(f'not stacked: {not_stacked}')
     return rows
-
-
-# -----------------------------------------------------------------------------
 
 
 def git_commit(folder=HERE):

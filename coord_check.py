@@ -29,10 +29,9 @@ from nanop.files import make_out_dir
 from nanop.machine import set_up
 from train import make_optimizer, split_batch
 
+
 # -----------------------------------------------------------------------------
 # The axes
-
-
 class Axis(NamedTuple):
     """What grows along an axis, and the parameterization that must fail there."""
     sizes_key: str  # the key of CoordCheckConfig with the sizes
@@ -180,8 +179,6 @@ def expected_slopes(axis, alpha, config, roles):
 
 # -----------------------------------------------------------------------------
 # The models
-
-
 def make_gpt(config, data, machine, shape, varies, size):
     """A GPT with `varies` = size, its optimizer and its losses, for check()."""
     c = config
@@ -243,8 +240,6 @@ def make_toy(parameterization, alpha, n_layer, n_embd=256, learning_rate=2e-4):
 
 # -----------------------------------------------------------------------------
 # From the command line to check()
-
-
 def sizes_of(config, key):
     """The list of numbers in config.key."""
     text = getattr(config, key)

@@ -27,10 +27,9 @@ from nanop.errors import UserError, require, require_values
 from nanop.layers import ACTIVATIONS, ATTN_SCALES, NORMS, SparseLinear, causal_attention, cross_entropy, fill, rotate
 from nanop.optimizers import optimizer_by_name
 
+
 # -----------------------------------------------------------------------------
 # The rules
-
-
 class ScalesWith(NamedTuple):
     """The ratios that a parameterization scales with (1) or ignores (0), as exponents; and its alpha."""
     width: int
@@ -226,8 +225,6 @@ class GPTConfig:
 
 # -----------------------------------------------------------------------------
 # The model
-
-
 def hidden_linear(in_features, rows, config):
     """A linear layer whose weight stacks matrices of these heights; Muon steps each matrix by itself."""
     linear = (SparseLinear if config.density < 1 else nn.Linear)(in_features, sum(rows), bias=config.bias)

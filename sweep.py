@@ -46,7 +46,6 @@ class SweepConfig:
     trials: int = 64                       # number of points, for every search but grid
     search_seed: int = 1                   # of random and qmc
     tune: bool = False                     # search the usual axes at random and write the best as a config, best.py
-    # where and how
     storage: str = ''                      # a database for Optuna, or grpc://host:port; '': SQLite in out_dir
     study: str = 'sweep'                   # name of this sweep in the storage
     workers: int = 0                       # processes on this machine; 0: one per GPU, else one per core
@@ -95,7 +94,7 @@ def best_setting(sweep, rows):
 def write_best(path, sweep, rows, overrides):
     """Write the best point as a config for train.py."""
     setting, loss, num_points = best_setting(sweep, rows)
-    config = sweep.train_config({**sweep.points[0], **setting})
+    config = sweep.train_config(sweep.points[0] | setting)
     always = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim', *sweep.axes)
     values = {key: value for key, value in asdict(config).items()
               if (key in always or value != DEFAULTS[key]) and key not in (*NOT_SWEPT, 'seed')}
@@ -126,7 +125,6 @@ def main():
     if config.stack > 1 and why_not_stack(sweep.configs[0]):
         print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
     run_workers(study, sweep, overrides, costs)
-
     rows, others = rows_of(study, sweep)
     errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL) if 'error' in trial.user_attrs]
     reason = errors[-1] if errors else 'they were stopped'

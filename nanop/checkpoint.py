@@ -45,8 +45,6 @@ def cause(error):
 
 # -----------------------------------------------------------------------------
 # Writing
-
-
 class Writer(HuggingFaceStorageWriter):
     """Writes the tensors of every rank; then rank 0 adds the state and gives the folder its name."""
 
@@ -117,8 +115,6 @@ class Checkpoints:
 
 # -----------------------------------------------------------------------------
 # Reading
-
-
 def damage(path, names=None):
     """What is wrong with the checkpoint `path`, in a few words, or None if it is as it was written.
 

@@ -36,8 +36,6 @@ OF_MODULES = ('activation', 'change', 'distance')  # quantities of modules; the 
 
 # -----------------------------------------------------------------------------
 # Measuring one model
-
-
 def matching(patterns, named):
     """[(group, name)] of the names that a group's pattern matches; a pattern that matches none is an error."""
     found, names = [], [name for name, _ in named]
@@ -195,8 +193,6 @@ def measure(make, size, seed, modules, parameters, blocks, steps):
 
 # -----------------------------------------------------------------------------
 # Slopes and verdicts
-
-
 class Band(NamedTuple):
     """The slopes that pass, from low to high, the one that theory expects, and why."""
     expected: float

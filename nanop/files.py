@@ -82,8 +82,6 @@ def lock(out_dir):
 
 # -----------------------------------------------------------------------------
 # CSV
-
-
 def write_rows(file, rows, fields):
     """Write a header and dicts as CSV to an open text file. Missing values stay empty, keys not in `fields` are left
     out; floats keep all their digits."""

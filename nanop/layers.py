@@ -43,8 +43,6 @@ def fill(tensor, values):
 
 # -----------------------------------------------------------------------------
 # Norms, activations, attention scales by name
-
-
 def gelu(x):
     """GELU in the tanh form of GPT-2 (arXiv:1606.08415). nanoGPT uses the erf form."""
     if torch.compiler.is_compiling() and x.device.type == 'cpu':  # (1 + tanh(u)) / 2 = sigmoid(2 u), which is cheaper
@@ -77,8 +75,6 @@ ATTN_SCALES = {  # factor on Q K^T, from head_dim D, n_embd N and the rule for a
 
 # -----------------------------------------------------------------------------
 # Attention
-
-
 def rotate(x, start):
     """Apply rotary positions (arXiv:2104.09864) to x (B, H, T, D), whose first token is at position `start`.
 
@@ -171,8 +167,6 @@ class CausalProducts(torch.autograd.Function):
 
 # -----------------------------------------------------------------------------
 # Cross-entropy
-
-
 def cross_entropy(logits, targets):
     """Mean loss in nats of logits (B, T, V) and targets (B, T). Targets of -1 are left out; the logits are used up."""
     logits, targets = logits.view(-1, logits.size(-1)), targets.reshape(-1)  # (B * T, V), (B * T,)

@@ -30,8 +30,6 @@ WHOLE = 48  # a GPU's model of up to this many layers is compiled whole: a littl
 
 # -----------------------------------------------------------------------------
 # Joining
-
-
 def fresh_store(store, rank, world_size, timeout_s):
     """`store` under a prefix that all living ranks have agreed on. Raises DistStoreError after timeout_s.
 
@@ -96,8 +94,6 @@ def lost_contact(error):
 
 # -----------------------------------------------------------------------------
 # Agreeing
-
-
 def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -143,8 +139,6 @@ def sum_over_ranks(value):
 
 # -----------------------------------------------------------------------------
 # Preparing a model
-
-
 def recompute(model):
     """Keep only the input of every block for the backward, which runs the block's forward again."""
     for block in model.transformer.h:

@@ -179,8 +179,6 @@ def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_char
 
 # -----------------------------------------------------------------------------
 # Large datasets as parquet files, local or on the Hugging Face hub
-
-
 def list_parquet(repo, revision, pattern):
     """Addresses of a hub dataset's parquet files at a pinned revision, sorted."""
     try:

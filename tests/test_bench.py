@@ -249,7 +249,8 @@ def test_a_peer_that_cannot_be_compared_is_a_line(data_dir, peer, monkeypatch):
     for changes, message in ((dict(head_dim=32), 'peer, float32 ended.*AssertionError'),
                              (dict(tie_weights=True), 'has 42,368 parameters here, nanoP 34,176'),
                              (dict(batch_tokens=72), 'batch_tokens=72 is not a multiple of block_size=16'),
-                             (dict(recompute=True), 'not benchmarked here'), (dict(parallel='fsdp'), 'not benchmarked here')):
+                             (dict(recompute=True), 'not benchmarked here'),
+                             (dict(parallel='fsdp'), 'not benchmarked here')):
         with pytest.raises(UserError, match=message):
             bench_step(TrainConfig(dataset=data_dir, **{**TINY, **changes}), BenchConfig(peer=peer, turns=1))
 

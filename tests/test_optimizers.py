@@ -185,12 +185,13 @@ def test_a_batch_without_betas_is_an_error(changes, message):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(train_tokens=1000, tokens_per_param=1.0), 'train_tokens=1000 is not allowed: tokens_per_param=1.0 sets the duration, too'),
-    (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'), 'learning_rate=0.0 is not allowed: tau_ema and independent weight decay divide by it'),
-    (dict(optimizer='lion', base_batch_tokens=8192), "optimizer='lion' is not allowed: base_batch_tokens and base_train_tokens have rules for adamw only"),
+    (dict(train_tokens=1000, tokens_per_param=1.0), 'tokens_per_param=1.0 sets the duration, too'),
+    (dict(learning_rate=0.0, weight_decay=0.1, weight_decay_mode='independent'),
+     "independent weight decay divide by it"),
+    (dict(optimizer='lion', base_batch_tokens=8192), "base_train_tokens have rules for adamw only"),
     (dict(base_batch_tokens=8192), 'base_batch_tokens=8192 is not allowed: it needs a duration in tokens'),
     (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' is not allowed: it decays through its momentum"),
-    (dict(optimizer='muon', parallel='fsdp'), "optimizer='muon' is not allowed: it needs whole matrices and parallel='fsdp' shards them"),
+    (dict(optimizer='muon', parallel='fsdp'), "it needs whole matrices and parallel='fsdp' shards them"),
 ])
 def test_what_does_not_go_together(changes, message):
     with pytest.raises(UserError) as error:

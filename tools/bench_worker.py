@@ -88,8 +88,6 @@ def timed_steps(c, data, machine, model, take_step):
 
 # -----------------------------------------------------------------------------
 # The kinds of contestants. Each returns (number of parameters, iterator of the seconds of each step's parts).
-
-
 def our_model(c, data):
     from train import TrainConfig, build_model
     return build_model(TrainConfig(**vars(c)), data)

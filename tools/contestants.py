@@ -113,8 +113,6 @@ def timed(command, allowed=(0,)):
 
 # -----------------------------------------------------------------------------
 # Figures and tables
-
-
 def take_turns(turns, contestants):
     """Call {name: function} one after the other, `turns` times. Returns {name: list of what the function returned}."""
     taken = {name: [] for name in contestants}

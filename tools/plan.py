@@ -20,11 +20,10 @@ from nanop.machine import flops_per_token, peak_memory_bytes, pick_device, set_u
 from tools.stack import UNKNOWN_VOCAB
 from train import TrainConfig, make_optimizer, num_steps, rescaled, split_batch, train
 
+
 # -----------------------------------------------------------------------------
 # Memory of one device and traffic of one step, in bytes. P counts all parameters, P_block those in the attention and
 # MLP of all blocks.
-
-
 def activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16=False):
     """What the forward pass over `tokens` tokens keeps for the backward pass.
 
@@ -95,8 +94,6 @@ def traffic(model, config, bench, product_bytes):
 
 # -----------------------------------------------------------------------------
 # The plan on the terminal
-
-
 def si(number, unit=''):
     """A number with an SI prefix: 1.53 G."""
     power = min(6, int(math.log10(number) // 3)) if number >= 1 else 0
@@ -154,8 +151,6 @@ def print_plan(config, bench):
 
 # -----------------------------------------------------------------------------
 # A short run to compare with
-
-
 def run_and_measure(config, steps, queue):
     """In a process of its own: put into the queue the bytes that `steps` steps need more than a tiny model, whose
     memory is that of the libraries."""

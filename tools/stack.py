@@ -22,7 +22,6 @@ DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
              'base_head_dim', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac', 'weight_decay_mode', 'muon_mult',
              'base_batch_tokens', 'base_train_tokens')
-UNKNOWN_VOCAB = 50304  # GPT-2's, padded: for an estimate where only the dataset knows
 
 
 def stackable(config):
@@ -55,7 +54,7 @@ def stack_size(config):
     device = pick_device(config.device)
     if device.type != 'cuda' or why_not_stack(config):
         return 1
-    vocab_size = config.vocab_size or UNKNOWN_VOCAB
+    vocab_size = config.vocab_size or 50304  # GPT-2's, padded, where only the dataset knows
     with torch.device('meta'):
         num_params = GPT(GPTConfig.of(config, vocab_size=vocab_size)).num_params()
     tokens = min(config.batch_size * config.block_size, config.batch_tokens)
@@ -116,7 +115,7 @@ class Stack:
         targets = torch.stack([batch[1] for batch in batches])
         with machine.autocast():
             return vmap(lambda weights, x, y: functional_call(self.shared, weights, (x, y))[1])(
-                {**self.multiplied_params(), **self.masks}, inputs, targets)
+                self.multiplied_params() | self.masks, inputs, targets)
 
     def clip_gradients(self, largest):
         """Scale gradients whose norms are above `largest` (K,). Returns the norms (K,) before."""
@@ -175,7 +174,6 @@ def train_stack(configs):
             p.grad.zero_()
         if None not in diverged_at:
             break
-
     val_losses = stack_val_losses(stack, data, c, batch_size, machine)
     seconds = (time.perf_counter() - started) / K
     summaries = []

@@ -28,7 +28,6 @@ WORKER_KEYS = ('device', 'compile')  # may differ between the workers of a study
 FIXED = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=0, sample_tokens=0, wandb_log=False)
 NOT_SWEPT = (*FIXED, *WORKER_KEYS, 'overwrite', 'always_save_checkpoint', 'log_interval', 'wandb_project',
              'wandb_run_name')
-RULE_KEYS = ('parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim')  # act through the rules only
 
 
 def combinations(axes):
@@ -36,28 +35,27 @@ def combinations(axes):
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
-def random_value(rng, values):
-    """One of `values` if they are text or bools, else a number between the least and the greatest, log-uniform if all
-    are above zero; an integer is a multiple of their greatest common divisor."""
-    if isinstance(values[0], (str, bool)):
-        return values[rng.integers(len(values))]
-    least, most = min(values), max(values)
-    value = least * (most / least) ** rng.random() if least > 0 else least + (most - least) * rng.random()
-    if isinstance(values[0], int):
-        step = math.gcd(*values) or 1
-        return round(value / step) * step
-    return float(f'{value:.4g}')
-
-
 def random_settings(axes, count, seed):
-    """`count` dicts with a random value of each axis. A larger count begins with the same ones."""
+    """`count` dicts with a random value of each axis. A larger count begins with the same ones. Numbers lie between the
+    least and the greatest value, log-uniform if all are above zero; integers are multiples of what all have in common.
+    """
     rng = np.random.default_rng(seed)
-    return [{key: random_value(rng, values) for key, values in axes.items()} for _ in range(count)]
+
+    def draw(values):
+        if isinstance(values[0], (str, bool)):
+            return values[rng.integers(len(values))]
+        least, most = min(values), max(values)
+        value = least * (most / least) ** rng.random() if least > 0 else least + (most - least) * rng.random()
+        if isinstance(values[0], int):
+            step = math.gcd(*values) or 1
+            return round(value / step) * step
+        return float(f'{value:.4g}')
+    return [{key: draw(values) for key, values in axes.items()} for _ in range(count)]
 
 
 def digest(config):
     """The digest of a TrainConfig. Parameterizations enter by their rules, so equal models have equal digests."""
-    ignored = {*NOT_SWEPT, *RULE_KEYS}
+    ignored = {*NOT_SWEPT, 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim'}
     if config.density == 1:
         ignored.add('mask_seed')
     facts = {key: value for key, value in asdict(config).items() if key not in ignored}
@@ -93,9 +91,9 @@ def typed_dicts(name, dicts, overrides, complete=False):
     a dict that lacks a key of another one gets the usual value."""
     ok = all(isinstance(each, dict) for each in dicts)
     if ok and complete:
-        usual = {**DEFAULTS, **overrides}
+        usual = DEFAULTS | overrides
         changed = {key: usual.get(key) for each in dicts for key in each}
-        dicts = [{**changed, **each} for each in dicts]
+        dicts = [changed | each for each in dicts]
     if not ok or not all(each and each.keys() == dicts[0].keys() for each in dicts):
         raise UserError(f'{name}={dicts} is not allowed: use a list of dicts of the same keys, '
                         '[dict(n_layer=2), dict(n_layer=4)]')
@@ -124,15 +122,15 @@ class Sweep:
         both = sorted(shapes[0].keys() & variants[0].keys())
         if both:
             raise UserError(f"{', '.join(both)} is in shapes and in variants: leave it in one of them")
-        grid = combinations({key: values[key] for key in MODEL_AXES if key not in {**shapes[0], **variants[0]}})
-        self.models = [{**model, **variant, **shape} for model in grid for variant in variants for shape in shapes]
+        grid = combinations({key: values[key] for key in MODEL_AXES if key not in shapes[0] | variants[0]})
+        self.models = [model | variant | shape for model in grid for variant in variants for shape in shapes]
         self.row_keys = list(dict.fromkeys(['parameterization', *variants[0]]))
         self.axes = {key: held for key, held in values.items() if key not in ('seed', *self.models[0])
                      and (len(held) > 1 or key == 'learning_rate')}
         self.points = self.make_points(values['seed'])
         self.worker_values = {key: values[key][0] for key in WORKER_KEYS if key in values}
         differ = sorted(self.axes if self.sampled else self.points[0])
-        shared = {**DEFAULTS, **{key: held[0] for key, held in values.items()}, **self.points[0]}
+        shared = DEFAULTS | {key: held[0] for key, held in values.items()} | self.points[0]
         base = {key: value for key, value in shared.items() if key not in differ and key not in NOT_SWEPT}
         self.facts = dict(differ=differ, search=config.search if self.sampled else 'points', base=base)
         self.configs = [self.train_config(point) for point in self.points]
@@ -148,15 +146,16 @@ class Sweep:
         if search != 'grid' and all(len(held) < 2 for held in self.axes.values()):
             raise UserError(f"search='{search}' has nothing to search: give an axis its least and greatest value, such "
                             'as --learning_rate=0.0005,0.05')
-        settings = combinations(self.axes) if search != 'random' else \
-            random_settings(self.axes, self.config.trials, self.config.search_seed)
+        settings = combinations(self.axes)
+        if search == 'random':
+            settings = random_settings(self.axes, self.config.trials, self.config.search_seed)
         # one seed after the other, so that a sweep that was stopped has whole ones
-        return [{**model, **setting, 'seed': seed} for seed in seeds for model in self.models for setting in settings]
+        return [model | setting | dict(seed=seed) for seed in seeds for model in self.models for setting in settings]
 
     def train_config(self, point):
         """The TrainConfig of a point. Refuses one that cannot be trained."""
         try:
-            config = TrainConfig(**{**self.facts['base'], **self.worker_values, **point, **FIXED})
+            config = TrainConfig(**self.facts['base'] | self.worker_values | point | FIXED)
             split_batch(config, world_size=1)
             if not config.tokens_per_param:  # else the number of steps depends on the model
                 rescaled(config, num_steps(config, 0))
@@ -166,7 +165,7 @@ class Sweep:
 
     def point_of(self, trial):
         """The point of an Optuna trial."""
-        return {**self.points[0], **trial.params} if self.sampled else trial.params
+        return self.points[0] | trial.params if self.sampled else trial.params
 
     def digest_of(self, trial):
         """The digest of an Optuna trial."""

@@ -65,17 +65,14 @@ def open_storage(url, heartbeat_s):
         host, _, port = url.removeprefix('grpc://').partition(':')
         return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
     sqlite = url.startswith('sqlite')
-
-    def connect():
-        return optuna.storages.RDBStorage(
-            url, engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {}, heartbeat_interval=heartbeat_s,
-            grace_period=GRACE * heartbeat_s,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3))
+    options = dict(
+        engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {}, heartbeat_interval=heartbeat_s,
+        grace_period=GRACE * heartbeat_s, heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3))
     try:
-        storage = connect()
+        storage = optuna.storages.RDBStorage(url, **options)
     except sqlalchemy.exc.DatabaseError:  # another process may be creating the tables right now
         time.sleep(1)
-        storage = connect()
+        storage = optuna.storages.RDBStorage(url, **options)
     if sqlite:
         lock_before_reading(storage.engine)
     return storage
@@ -101,7 +98,7 @@ def trials_of(study, *states):
 def distribution(key, values, log=False):
     """Optuna's description of a key. A categorical one cannot grow later, so it starts with every value allowed."""
     if isinstance(values[0], (str, bool)):
-        allowed = (False, True) if isinstance(values[0], bool) else {**CHOICES, **TRAIN_CHOICES}.get(key)
+        allowed = (False, True) if isinstance(values[0], bool) else (CHOICES | TRAIN_CHOICES).get(key)
         allowed = allowed or sorted(set(values))
         return optuna.distributions.CategoricalDistribution(tuple(allowed))
     if isinstance(values[0], float):
@@ -120,7 +117,6 @@ def enqueue(study, sweep, out_dir):
         known = json.loads(facts.read_text())
     if known:
         require_same_sweep(known, sweep.facts, whose)
-
     queue = []  # (point, state and results)
     for row in {row['trial']: row for row in rows}.values():  # equal points share a trial
         results = dict(value=row['val_loss'], user_attrs={key: row[key] for key in KEPT})
@@ -130,7 +126,7 @@ def enqueue(study, sweep, out_dir):
     there = {sweep.digest_of(trial) for trial in trials_of(study, *ALIVE)}
     for point, state in queue:
         params = {key: point[key] for key in held}
-        run = digest(sweep.train_config({**sweep.points[0], **params}))
+        run = digest(sweep.train_config(sweep.points[0] | params))
         if run in there:
             continue
         there.add(run)
@@ -147,10 +143,9 @@ def require_same_sweep(known, facts, whose):
     """Refuse two sweeps whose trials share other values, or differ in other keys."""
     def described(facts):
         texts = {key: f'is {value!r}' for key, value in facts['base'].items()}
-        return {**texts, **{key: 'varies' for key in facts['differ']}, 'search': f"is {facts['search']!r}"}
-    there = {**described(dict(facts, base=DEFAULTS)), **described(known)}  # keys added since get their defaults
-    changes = [f'{key} {there[key]} there and {here} here' for key, here in described(facts).items()
-               if there[key] != here]
+        return texts | dict.fromkeys(facts['differ'], 'varies') | dict(search=f"is {facts['search']!r}")
+    here, there = described(facts), described(dict(facts, base=DEFAULTS)) | described(known)  # or the default
+    changes = [f'{key} {there[key]} there and {here[key]} here' for key in here if there[key] != here[key]]
     if changes:
         raise UserError(f"{whose} is of another sweep: {'; '.join(changes)}. Use another --out_dir or --study")
 
@@ -167,8 +162,8 @@ def requeue_stale_trials(study, heartbeat_s):
 
 def num_sampled(study, before=math.inf):
     """How many points a sampler chose before trial number `before`. Failed ones count, so that every search ends."""
-    return sum(trial.state in ALIVE or 'error' in trial.user_attrs
-               for trial in trials_of(study) if trial.number < before)
+    trials = [trial for trial in trials_of(study) if trial.number < before]
+    return sum(trial.state in ALIVE or 'error' in trial.user_attrs for trial in trials)
 
 
 def take(study, sweep, trials, heartbeats):
@@ -260,7 +255,7 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
     """Run trials until none is left, and none runs in another worker that may still die. threads=0: torch's choice."""
     if threads:
         torch.set_num_threads(threads)
-    sweep, study = Sweep(config, {**overrides, 'device': device}), open_study(config)
+    sweep, study = Sweep(config, overrides | dict(device=device)), open_study(config)
     if any(each.compile for each in sweep.configs):  # torch.compile keeps only few graphs by default
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     has_heartbeat, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
@@ -284,12 +279,11 @@ def worker_main(*arguments):
 
 def worker_places(num_workers, device):
     """(device, threads) of each worker; num_workers=0: one per GPU or core; threads 0: torch's choice."""
-    kind = pick_device(device).type
-    if kind == 'cuda':
-        gpus = [f'cuda:{number}' for number in range(torch.cuda.device_count())] if ':' not in device else [device]
-        return [(gpus[number % len(gpus)], 0) for number in range(num_workers or len(gpus))]
+    kind, devices = pick_device(device).type, [device]
+    if kind == 'cuda' and ':' not in device:
+        devices = [f'cuda:{number}' for number in range(torch.cuda.device_count())]
     if kind != 'cpu':
-        return [(device, 0)] * (num_workers or 1)
+        return [(devices[number % len(devices)], 0) for number in range(num_workers or len(devices))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     num_workers = num_workers or cores  # small models leave a second thread idle: see LOG.md
     return [(device, max(1, cores // num_workers))] * num_workers

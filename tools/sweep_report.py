@@ -32,21 +32,15 @@ def read_trials(path, types):
     """The rows that write_trials() wrote, with values of the `types`, {key: type}; none if there is no file."""
     def value_of(key, text):
         kind = types.get(key) or RESULTS.get(key, str)
-        if not text:
-            return None
-        return text == 'True' if kind is bool else kind(text)
+        return None if not text else text == 'True' if kind is bool else kind(text)
     return [{key: value_of(key, text) for key, text in row.items()} for row in read_csv(path)]
 
 
-# -----------------------------------------------------------------------------
-# Optimum, drift, regret
 class Optimum(NamedTuple):
     """Where a curve is lowest: `best`, the best value that was run, and `at` +- `error`, the minimum of a parabola.
-
     `at` is log2 of the value where that makes sense, see position(). `error` is the standard error over the seeds, nan
     unless every seed has its own parabola. `mark`: '<' or '>' if the first or last value is best, so that the optimum
-    may lie beyond it; '~' if a neighbouring run diverged, so that there is no parabola.
-    """
+    may lie beyond it; '~' if a neighbouring run diverged, so that there is no parabola."""
     best: object
     at: float
     error: float
@@ -125,10 +119,8 @@ Comparison = namedtuple('Comparison', 'drift drift_error regret_frac regret_erro
 
 def compare(curves):
     """The Comparison of the curves of one parameterization, from the base shape to the target.
-
     Drift: of the optimum. Regret: how much higher the target's loss is at the base's best value than at its own.
-    Errors: over the seeds, or nan. All shapes ran `shared` values; at `better`, each beats the shape before it.
-    """
+    Errors: over the seeds, or nan. All shapes ran `shared` values; at `better`, each beats the shape before it."""
     first, last = optimum(curves[0]), optimum(curves[-1])
     drift, drift_error = last.at - first.at, math.hypot(first.error, last.error)
     regret_frac = regret_error = math.nan
@@ -144,8 +136,6 @@ def compare(curves):
     return Comparison(drift, drift_error, regret_frac, regret_error, better, len(means))
 
 
-# -----------------------------------------------------------------------------
-# The report
 def number(value):
     return f'{value:g}' if isinstance(value, float) else str(value)
 
@@ -159,8 +149,7 @@ Optimum: the minimum of a parabola in log2 through the best value and its two ne
 seeds, ± the standard error of the seeds' own optima; then the loss at the best value that was run. < and >: the best
 value is the first or last one that was run, so the optimum may lie beyond it. ~: a neighbouring run diverged, so there
 is no parabola. Drift: optimum of the last shape minus that of the first. Regret: how much higher the loss of the last
-shape is at the best value of the first shape than at its own. If there are several axes, the others are at their
-best."""
+shape is at the best value of the first shape than at its own. The other axes, if any, are at their best."""
 SEARCH_LEGEND = """\
 Each cell: the best value that was found, and its loss. Regret: how much higher the loss of the last shape is at the
 best value of the first shape than at its own."""
@@ -216,9 +205,9 @@ class SweepReport:
             exact = isinstance(best.best, float) and min(curve) > 0 and math.log2(best.best).is_integer()
             value = f'2^{math.log2(best.best):.0f}' if exact else number(best.best)
             return f'{value}: {mean_loss(best.losses):.4f}'
-        at = plus_minus(best.at, best.error, '{:.2f}' if min(curve) > 0 else '{:.3g}')
-        power_of_2 = '2^' if min(curve) > 0 else ''
-        return f"{best.mark}{' ' if best.mark else ''}{power_of_2}{at}: {mean_loss(best.losses):.4f}"
+        power, form = ('2^', '{:.2f}') if min(curve) > 0 else ('', '{:.3g}')
+        at = f"{best.mark}{' ' if best.mark else ''}{power}{plus_minus(best.at, best.error, form)}"
+        return f'{at}: {mean_loss(best.losses):.4f}'
 
     def comparison_texts(self, curves):
         """Drift, loss at the first shape's best value, regret, and how often each shape is better, as text."""
@@ -263,8 +252,7 @@ class SweepReport:
                  'of training in all.', '', f'Shared by all: {shared}.', '']
         for axis in self.varied or self.axes[:1]:
             lines += [f'## {axis}', '', *self.table(axis), '']
-            if axis in self.varied:
-                lines += [f'![{axis}]({axis}.png)', '']
+            lines += [f'![{axis}]({axis}.png)', ''] if axis in self.varied else []
         if self.shape_keys:
             lines += ['![every shape with the values that are best for the first](shapes.png)', '']
         return '\n'.join([*lines, LEGEND if self.fit else SEARCH_LEGEND]) + '\n'
@@ -272,17 +260,15 @@ class SweepReport:
     def plot(self, axis, path):
         """Loss against one axis: a panel for each row of rules, a line for each shape, with its minimum marked."""
         panels, values = self.curves(axis), sorted({row[axis] for row in self.rows})
-        means = []  # of each curve
-        for curves in panels.values():
-            means += [[mean_loss(losses) for losses in curve.values()] for curve in curves.values()]
+        drawn = [curve for curves in panels.values() for curve in curves.values()]
+        means = [[mean_loss(losses) for losses in curve.values()] for curve in drawn]
         finite = [loss for each in means for loss in each if loss < math.inf]
         if not finite:
             return
         # every minimum must show; a few runs that barely learned would flatten the curves
         low, high = min(finite), max(np.quantile(finite, 0.9), *[min(each) for each in means if min(each) < math.inf])
         limits = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
-        columns = min(len(panels), 5)
-        rows = math.ceil(len(panels) / columns)
+        rows, columns = math.ceil(len(panels) / 5), min(len(panels), 5)
         size = max(5.2, 3.7 * columns), 4.2 if rows == 1 else 3.6 * rows
         with plots.figure(path, rows, columns, size, sharey=True) as (_, axes):
             for panel in axes.flat[len(panels):]:
