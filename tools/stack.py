@@ -22,6 +22,7 @@ DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
              'base_head_dim', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac', 'weight_decay_mode', 'muon_mult',
              'base_batch_tokens', 'base_train_tokens')
+UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where only the dataset knows and it is not here
 
 
 def stackable(config):
@@ -54,7 +55,7 @@ def stack_size(config):
     device = pick_device(config.device)
     if device.type != 'cuda' or why_not_stack(config):
         return 1
-    vocab_size = config.vocab_size or 50304  # GPT-2's, padded, where only the dataset knows
+    vocab_size = config.vocab_size or UNKNOWN_VOCAB
     with torch.device('meta'):
         num_params = GPT(GPTConfig.of(config, vocab_size=vocab_size)).num_params()
     tokens = min(config.batch_size * config.block_size, config.batch_tokens)
