@@ -106,7 +106,7 @@ def step_row(contestant, ours, config, model, product_rate, peak):
 
 
 def bench_step(config, bench):
-    """Benchmark a training step. A peer runs as it ships, compiled and on a CPU in float32, and with our dtype."""
+    """Benchmark a training step."""
     sequences, _, _ = split_batch(config, 1)
     machine = set_up(config.device, config.dtype)
     if config.recompute or config.parallel != 'ddp' or machine.dtype == torch.float16:
@@ -135,9 +135,8 @@ def bench_step(config, bench):
     print(f"matrix products of these shapes run at {si(product_rate, 'FLOP/s')}"
           + (f", the device's peak is {si(peak, 'FLOP/s')}" if peak else '') + '\n')
     print_table(rows, {
-        '': '{contestant}', 'tokens/s': '{tokens_per_s:,.0f}',
-        'ms per step': '{step_ms:,.1f} ({step_ms_min:,.1f}..{step_ms_max:,.1f})', 'data': '{data_ms:.1f}',
-        'fwd': '{forward_ms:.1f}', 'bwd': '{backward_ms:.1f}', 'opt': '{optimizer_ms:.1f}',
+        'tokens/s': '{tokens_per_s:,.0f}', 'ms per step': '{step_ms:,.1f} ({step_ms_min:,.1f}..{step_ms_max:,.1f})',
+        'data': '{data_ms:.1f}', 'fwd': '{forward_ms:.1f}', 'bwd': '{backward_ms:.1f}', 'opt': '{optimizer_ms:.1f}',
         'of products': '{of_products_frac:.0%}', 'first step, s': '{first_step_s:.1f}',
         'compile, s': '{compile_s:.1f}', 'peak, MB': '{peak_mb:,.0f}'})
     return rows
@@ -189,7 +188,7 @@ def bench_sample(config, bench):
     per_token = [row | {key: 1e3 * row[key] / row['new_tokens'] for key in ('seconds', 'seconds_min', 'seconds_max')}
                  for row in rows]
     print_table(per_token, {
-        '': '{contestant}', 'batch': '{batch_size}', 'new tokens': '{new_tokens}', 'tokens/s': '{tokens_per_s:,.0f}',
+        'batch': '{batch_size}', 'new tokens': '{new_tokens}', 'tokens/s': '{tokens_per_s:,.0f}',
         'ms per token': SECONDS.replace('.1f', '.2f'), 'equal tokens': '{same_tokens_frac:.1%}'})
     print('equal tokens: with the cache and without it, in float32')
     return rows
@@ -231,9 +230,8 @@ def bench_prepare(config, bench):
         rows.append(dict(contestant=name, text_mb=mb, tokens_per_s=rate, tokens_per_s_and_core=rate / cores,
                          **spread_of(seconds), peak_mb=max(peaks) / 1e6, **faster_by(seconds, our_seconds)))
     print(f'{mb:,.0f} MB of text, {tokens:,} tokens, {os.cpu_count()} cores\n')
-    print_table(rows, {
-        '': '{contestant}', 'tokens/s': '{tokens_per_s:,.0f}', 'per core': '{tokens_per_s_and_core:,.0f}',
-        's': SECONDS, 'peak, MB': '{peak_mb:,.0f}'})
+    print_table(rows, {'tokens/s': '{tokens_per_s:,.0f}', 'per core': '{tokens_per_s_and_core:,.0f}', 's': SECONDS,
+                       'peak, MB': '{peak_mb:,.0f}'})
     return rows
 
 
@@ -261,7 +259,7 @@ def bench_sweep(config, bench):
         taken = take_turns(bench.turns, contestants)
     rows = [dict(contestant=name, trials=bench.trials, trials_per_minute=60 * bench.trials / median(seconds),
                  **spread_of(seconds), **faster_by(seconds, taken['sweep.py'])) for name, seconds in taken.items()]
-    print_table(rows, {'': '{contestant}', 'trials/minute': '{trials_per_minute:.1f}', 's': SECONDS}, ours='sweep.py')
+    print_table(rows, {'trials/minute': '{trials_per_minute:.1f}', 's': SECONDS}, ours='sweep.py')
     if not_stacked:
         print(f'not stacked: {not_stacked}')
     return rows
@@ -285,7 +283,6 @@ def append(path, rows, **common):
 
 
 def read_bench(argv):
-    """(BenchConfig, TrainConfig) of a command line."""
     own, train = configure_both(BenchConfig, TrainConfig, argv, switches=KINDS)
     for key, value in train.items():
         if isinstance(value, list):

@@ -23,8 +23,12 @@ def field_types(keys):
             for field in fields(keys)} if keys else {}
 
 
-def typed(key, value, types, where):
-    """`value` as the type of the default of `key`; ints become floats."""
+def typed(key, value, types, where, axes=()):
+    """`value` as the type of the default of `key`; ints become floats. A key of `axes` may hold a list of values."""
+    if key in axes and isinstance(value, list):
+        if not value:
+            raise UserError(f'{where}: {key} is an empty list; give it at least one value')
+        return [typed(key, one, types, where) for one in value]
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
         hint = f"did you mean '{near[0]}'?" if near else 'see --help for all keys'
@@ -37,21 +41,11 @@ def typed(key, value, types, where):
     return value
 
 
-def typed_or_list(key, value, types, where, axes):
-    """Like typed(), but a key of `axes` may hold a list of values."""
-    if key not in axes or not isinstance(value, list):
-        return typed(key, value, types, where)
-    if not value:
-        raise UserError(f'{where}: {key} is an empty list; give it at least one value')
-    return [typed(key, one, types, where) for one in value]
-
-
 def read_file(path, types, axes=()):
     """The overrides in one config file."""
     if not Path(path).is_file():
         raise UserError(f"no file '{path}'; flags are written --key=value")
-    folder = str(Path(path).resolve().parent)
-    modules_before = set(sys.modules)
+    folder, modules_before = str(Path(path).resolve().parent), set(sys.modules)
     sys.path.insert(0, folder)  # so that `from completep_small import *` finds the file beside this one
     try:
         names = runpy.run_path(path)
@@ -64,7 +58,7 @@ def read_file(path, types, axes=()):
         for name in set(sys.modules) - modules_before:  # another folder may have a file of the same name
             if str(getattr(sys.modules[name], '__file__', None) or '').startswith(folder):
                 del sys.modules[name]
-    overrides = {key: typed_or_list(key, value, types, path, axes) for key, value in names.items()
+    overrides = {key: typed(key, value, types, path, axes) for key, value in names.items()
                  if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
     if not overrides:  # YAML's `n_layer: 3`, for one, is valid Python that sets nothing
         raise UserError(f'{path}: sets no key; a config is Python, a line like n_layer = 3 for each key')
@@ -82,14 +76,14 @@ def parse(text, expected):
 
 
 def read_flag(argument, types, axes=(), switches=()):
-    """(key, value) of one --key=value. A key of `axes` may have several values, a,b; a switch needs none."""
+    """{key: value} of one --key=value. A key of `axes` may have several values, a,b; a switch needs none."""
     key, equals, text = argument[2:].partition('=')
     if not equals and key in switches:
-        return key, True
+        return {key: True}
     if not equals:
         raise UserError(f"'{argument}' has no value; write {argument}=VALUE")
     values = [parse(part, types.get(key, str)) for part in (text.split(',') if key in axes else [text])]
-    return key, typed_or_list(key, values if len(values) > 1 else values[0], types, f"'{argument}'", axes)
+    return {key: typed(key, values if len(values) > 1 else values[0], types, f"'{argument}'", axes)}
 
 
 def print_help(defaults):
@@ -107,17 +101,15 @@ def configure(defaults, argv, axes=None, switches=()):
     """
     types, more = field_types(defaults), field_types(axes)
     listed = more.keys() - types.keys()
-    types = more | types
-    overrides = {}
+    types, overrides = more | types, {}
     for argument in argv:
         if argument in ('-h', '--help'):
             print_help(defaults)
             sys.exit(0)
         if argument.startswith('--'):
-            key, value = read_flag(argument, types, listed, switches)
-            overrides[key] = value
+            overrides |= read_flag(argument, types, listed, switches)
         else:
-            overrides.update(read_file(argument, types, listed))
+            overrides |= read_file(argument, types, listed)
     return overrides
 
 

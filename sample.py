@@ -12,7 +12,7 @@ from pathlib import Path
 from configurator import configure
 from model import GPT, GPTConfig
 from nanop import checkpoint
-from nanop.errors import UserError, exit_on_user_error, require_values
+from nanop.errors import exit_on_user_error, explained, require_values
 from nanop.huggingface import GPT2_NAMES, load_gpt2
 from nanop.machine import set_up
 from nanop.sampling import print_sample
@@ -51,10 +51,8 @@ def main():
     c = SampleConfig(**configure(SampleConfig, sys.argv[1:]))
     start = c.start
     if start.startswith('FILE:'):
-        try:
+        with explained((OSError, UnicodeDecodeError), f"start='{start}' cannot be read"):
             start = Path(start[5:]).read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"start='{start}' cannot be read: {error}") from None
     machine = set_up(c.device, c.dtype)
     model, tokenizer = load(c)
     model.to(machine.device).eval()

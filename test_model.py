@@ -51,7 +51,7 @@ def train_steps(model, optimizer, steps, config=TINY):
 # -----------------------------------------------------------------------------
 # The table
 
-# Typed by hand from the papers' tables, for every name at (m_N, m_L, rho):
+# Typed by hand from the papers' tables, for every parameterization at (m_N, m_L, rho) or (m_N, m_L, rho, alpha):
 # init std, lr and weight decay of hidden weights; lr of norms and biases in blocks; eps in blocks, eps elsewhere;
 # residual multiplier, logits multiplier
 GOLDEN = [
@@ -70,7 +70,7 @@ GOLDEN = [
     ((8, 4, 0.5), 'completep',        (0.35355339059327373, 0.125, 8), 1, (0.03125, 0.125), (0.25, 0.125)),
     ((8, 4, 0.5), 'supar',            (0.5, 0.25, 4), 1, (0.125, 0.125), (1, 0.125)),
     ((8, 4, 0.5), 'completep_supar',  (0.5, 0.25, 4), 1, (0.03125, 0.125), (0.25, 0.125)),
-    # the same at alpha = 3/4
+    # at alpha = 3/4
     ((4, 8, 0.25, 0.75), 'depth_mup', (0.5, 0.14865088937534013, 4), 0.5946035575013605,
                                       (0.05255602595335716, 0.25), (0.21022410381342863, 0.25)),
     ((4, 8, 0.25, 0.75), 'completep', (0.5, 0.14865088937534013, 4), 0.5946035575013605,
@@ -91,7 +91,7 @@ def test_golden_multipliers(at, name, hidden, vector_lr, eps, forward):
     projections = std * GPT2_PROJECTIONS[m_L] if name == 'gpt2' else std
     expected = dict(
         embedding=(1, 1, 1, outside, 1), block_norm=(0, vector_lr, 0, inside, 1),
-        qk_norm=(0, vector_lr, 0, forward[0], 1),  # no width in it: arXiv:2512.22382
+        qk_norm=(0, vector_lr, 0, forward[0], 1),  # its eps does not depend on width: arXiv:2512.22382
         hidden_weight=(std, lr, weight_decay, inside, 1), residual_proj=(projections, lr, weight_decay, inside, 1),
         hidden_bias=(0, vector_lr, 0, inside, 1), final_norm=(0, 1, 0, outside, 1),
         unembedding=(1, 1, 1, outside, forward[1]))
@@ -104,7 +104,7 @@ def test_golden_multipliers(at, name, hidden, vector_lr, eps, forward):
 
 
 def test_golden_multipliers_elsewhere():
-    rules = replace(TINY, density=0.125, parameterization='supar').rules  # width and depth of the base
+    rules = replace(TINY, density=0.125, parameterization='supar').rules  # at the base's width and depth
     assert rules['hidden_weight'].lr == pytest.approx(8, rel=1e-12)
     assert rules['hidden_weight'].init_std == pytest.approx(2.8284271247461903, rel=1e-12)
     assert rules['hidden_weight'].weight_decay == pytest.approx(0.125, rel=1e-12)
@@ -118,7 +118,7 @@ def test_identities_of_the_table(alpha):
     config = replace(TINY, parameterization='completep', alpha=alpha)
     one_hop = replace(config, n_layer=16, n_embd=128).rules
     wide, deep = replace(config, n_embd=128).rules, replace(config, n_layer=16).rules
-    for role in ROLES:  # factors of width and depth multiply
+    for role in ROLES:  # the factors for width and for depth multiply
         for both, w, d in zip(one_hop[role][:5], wide[role], deep[role]):
             assert both == pytest.approx(w * d, rel=1e-12)
     assert deep['residual_branch'].forward * deep['hidden_weight'].lr == pytest.approx(1 / 8, rel=1e-12)
@@ -131,7 +131,7 @@ def test_attention_scale_is_relative_to_the_base():
     def scale(name, head_dim):
         return make(parameterization=name, head_dim=head_dim, n_embd=64).transformer.h[0].attn.logit_mult
     for name in PARAMETERIZATIONS:
-        assert scale(name, 16) == 0.25  # 1/sqrt(16) at the base head_dim, whatever the width
+        assert scale(name, 16) == 0.25  # 1/sqrt(16) at the base head_dim, at any width
     assert scale('sp', 64) == scale('gpt2', 64) == 0.125  # 1/sqrt(64)
     assert scale('completep', 64) == scale('mup', 64) == 0.0625  # 1/4 * 16/64
     assert make(attn_mult=3.0).transformer.h[0].attn.logit_mult == 0.75
@@ -148,7 +148,7 @@ def test_every_parameter_has_one_role_and_every_role_parameters(tie_weights):
     assert roles == set(ROLES) - ({'unembedding'} if tie_weights else set())
     groups = make_optimizer(model).param_groups
     grouped = [id(p) for group in groups for p in group['params']]
-    assert sorted(grouped) == sorted(id(p) for _, p in model.weights())  # complete, and no tensor twice
+    assert sorted(grouped) == sorted(id(p) for _, p in model.weights())  # every tensor is in exactly one group
     assert len({group['role'] for group in groups}) == len(groups)
 
 
@@ -201,7 +201,7 @@ def test_measured_init_std(name):
     for key, p in model.weights():
         role = role_of(key)
         if p.dim() == 2:
-            values = p[p != 0]  # what is not masked
+            values = p[p != 0]  # without the masked entries
             expected = 0.02 * rules[role].init_std
             assert values.std().item() == pytest.approx(expected, rel=0.05), key
             assert abs(values.mean().item()) < 0.1 * expected, key
@@ -213,7 +213,7 @@ def test_measured_init_std(name):
 
 
 def test_exact_hyperparameters_per_tensor():
-    """m_N = 4, m_L = 4, rho = 1/2 through the real optimizer, from lr 0.01, weight decay 0.1, eps 1e-8."""
+    """The real optimizer's groups at m_N = 4, m_L = 4, rho = 1/2, for base values lr 0.01, decay 0.1, eps 1e-8."""
     model = make(n_layer=8, n_embd=128, density=0.5, parameterization='completep_supar')
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (group['lr'], group['weight_decay'], group['eps'])
@@ -265,7 +265,7 @@ def gradient_rms(**shape):
         model = make(seed=seed, vocab_size=256, block_size=64, qk_norm=True, **shape)
         model(*batch(model.config, B=8, seed=seed))[1].backward()
         for name, p in model.weights():
-            if not name.endswith('c_attn.bias'):  # a key's bias has no gradient: softmax does not see it
+            if not name.endswith('c_attn.bias'):  # the key bias has no gradient: softmax does not depend on it
                 total.setdefault(role_of(name), []).append(p.grad.square().mean())
     return {role: torch.stack(values).mean().sqrt().item() for role, values in total.items()}
 
@@ -282,11 +282,12 @@ def test_gradient_falls_as_eps_does_with_width():
     runs = [gradient_rms(n_embd=n, n_layer=2, base_n_embd=64, base_head_dim=16, parameterization='completep')
             for n in sizes]
     for role in ROLES:
-        # of the heads that share a QK norm the gradients add up at random here; its rule is for heads that agree: 0
+        # The heads that share a QK norm have uncorrelated gradients here, which gives -0.5. Its rule, 0, is for heads
+        # whose gradients agree.
         expected = -0.5 if role == 'qk_norm' else -1
         assert slope(sizes, [run[role] for run in runs]) == pytest.approx(expected, abs=0.15), role
     blind = [gradient_rms(n_embd=n, n_layer=2, parameterization='sp') for n in sizes[:3]]
-    assert abs(slope(sizes[:3], [run['unembedding'] for run in blind])) < 0.15  # the control does not fall
+    assert abs(slope(sizes[:3], [run['unembedding'] for run in blind])) < 0.15  # the control stays flat
 
 
 @pytest.mark.parametrize('name, inside, tolerance', [('completep', -1, 0.25), ('depth_mup', -0.5, 0.15)])
@@ -300,7 +301,7 @@ def test_gradient_falls_as_eps_does_with_depth(name, inside, tolerance):
 
 @pytest.mark.parametrize('alpha', [1.0, 0.5])
 def test_first_step_moves_hidden_weights_by_their_learning_rate(alpha):
-    """AdamW's first step is about lr for every element: RMS 1/m_N with width and m_L^(alpha - 1) with depth."""
+    """AdamW's first step moves every element by about lr, which scales as 1/m_N and m_L^(alpha - 1)."""
     def moved(**shape):
         model = make(parameterization='completep', alpha=alpha, **shape)
         optimizer = make_optimizer(model, weight_decay=0.0, eps=1e-16)
@@ -317,7 +318,7 @@ def test_first_step_moves_hidden_weights_by_their_learning_rate(alpha):
 
 
 def reference_logits(model, idx):
-    """The model again, from the papers, in matrix products and without any of its modules."""
+    """Logits of a second implementation, written from the papers: matrix products, none of the model's modules."""
     c, p = model.config, dict(model.named_parameters())
     m_N, m_L, alpha = c.n_embd / c.base_n_embd, c.n_layer / c.base_n_layer, c.alpha or 1.0
     T = idx.shape[1]
@@ -339,7 +340,7 @@ def reference_logits(model, idx):
             return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
         return y.clamp(min=0) ** (2 if c.activation == 'relu2' else 1)
 
-    def turned(x):  # as complex numbers, one position after the other
+    def turned(x):  # RoPE in complex numbers, position by position
         if c.pos != 'rope':
             return x
         z = torch.complex(x[..., :c.head_dim // 2], x[..., c.head_dim // 2:])
@@ -375,7 +376,7 @@ def reference_logits(model, idx):
     return norm(x, 'transformer.ln_f') @ p.get('lm_head.weight', p['transformer.wte.weight']).T * unembed
 
 
-VARIANTS = [  # each change from the default by itself, and what the studies' models put together
+VARIANTS = [  # each change from the default alone, then the combinations that the studies use
     dict(norm='rmsnorm'), dict(norm_gain=False), dict(norm='rmsnorm', norm_gain=False), dict(qk_norm=True),
     dict(bias=False), dict(activation='relu'), dict(activation='relu2'), dict(activation='swiglu'), dict(pos='rope'),
     dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=1), dict(n_kv_head=2), dict(attn_scale='1/sqrt_d'),
@@ -395,7 +396,7 @@ def label(variant):
 
 
 def stir(model):
-    """Moves a model away from the ones and zeros with which norms, biases and others start."""
+    """Add noise to all parameters, so that gains are not ones and biases are not zeros. Returns the model."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -430,10 +431,10 @@ def test_every_variant_is_one_model_at_the_base_and_keeps_the_rules_elsewhere(va
 
 
 def test_the_two_forms_of_the_unembedding_train_alike():
-    """abc symmetry: under Adam a factor on the logits is one on init and lr, and its inverse on decay and eps."""
+    """abc symmetry: under Adam, a factor on the logits is a factor on init and lr, and its inverse on decay and eps."""
     shape = dict(n_embd=128, init_std=0.1, output_mult=2.0)
     models = [make(unembed_form=form, **shape) for form in ('multiplier', 'weights')]
-    assert models[1].config.rules['unembedding'][:5] == pytest.approx((1 / 4, 1 / 4, 4, 1, 1))  # 1/16 in variance
+    assert models[1].config.rules['unembedding'][:5] == pytest.approx((1 / 4, 1 / 4, 4, 1, 1))  # init variance 1/16
     assert models[0].config.rules['unembedding'][:5] == pytest.approx((1, 1, 1, 1 / 4, 1 / 4))
     torch.testing.assert_close(4 * models[1].lm_head.weight, models[0].lm_head.weight)
     losses = [train_steps(model, make_optimizer(model, eps=1e-3), 20) for model in models]
@@ -456,26 +457,26 @@ def test_zero_init():
 def test_zero_queries_go_with_any_multiplier_of_their_logits():
     models = [make(zero_init_query=True, attn_mult=mult) for mult in (0.5, 8.0)]
     first, second = (train_steps(model, make_optimizer(model), 4) for model in models)
-    assert first[0] == second[0] and first[3] != second[3]  # logits are zero, whatever multiplies them, until they move
+    assert first[0] == second[0] and first[3] != second[3]  # logits are zero for any multiplier until queries move
 
 
 def test_counts_of_variants():
-    """By hand, for N = 32: c_attn 3 N^2, the MLP 8 N^2."""
+    """Counted by hand for N = 32: c_attn has 3 N^2 weights, the MLP 8 N^2."""
     def differ(**variant):
         return make().num_params() - make(**variant).num_params()
     assert differ(pos='rope') == differ(pos='alibi') == differ(pos='none') == 16 * 32
     assert flops_per_token(make(pos='none')) == flops_per_token(make())
-    assert differ(n_kv_head=1) == 2 * 2 * (16 * 32 + 16)  # a head of keys and one of values less, with biases
+    assert differ(n_kv_head=1) == 2 * 2 * (16 * 32 + 16)  # one key head and one value head fewer, with biases
     assert differ(norm_gain=False) == 5 * 2 * 32 and differ(norm='rmsnorm') == 5 * 32
     assert differ(qk_norm=True) == -2 * 2 * 16
-    assert differ(activation='swiglu', bias=False) - differ(bias=False) == 2 * 32 * (8 * 32 - 3 * 88)  # 8/3 N is 85.3
+    assert differ(activation='swiglu', bias=False) - differ(bias=False) == 2 * 32 * (8 * 32 - 3 * 88)  # 8/3 N = 85.3
     assert make(activation='swiglu', n_embd=96, head_dim=16, bias=False).num_params() == make(
         n_embd=96, head_dim=16, bias=False).num_params()
 
 
 @pytest.mark.parametrize('name', PARAMETERIZATIONS)
 def test_training_and_sampling_see_the_same_logits(name):
-    """At m_N = 8: the trap of a logit multiplier that exists only when targets are given."""
+    """At m_N = 8, where a logit multiplier that is applied only when targets are given would show."""
     model = make(n_embd=256, parameterization=name, init_std=0.2)
     inputs, targets = batch()
     logits, no_loss = model(inputs)
@@ -525,19 +526,19 @@ def test_attention_on_a_cpu_in_bf16(T, kv_heads):
 
 @pytest.mark.parametrize('kv_heads', [4, 2])
 def test_alibi_by_flex_attention_is_alibi_by_a_mask(kv_heads, monkeypatch):
-    """What a GPU does inside of torch.compile, here uncompiled; and that it can be compiled."""
+    """The GPU path gives the same result on the CPU, uncompiled, and compiles into one graph."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 64, 16, generator=generator) for heads in (4, kv_heads, kv_heads))
     expected = causal_attention(q, k, v, 0.3, alibi=True)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # it is slow uncompiled
+        warnings.simplefilter('ignore')  # flex_attention warns that it is slow uncompiled
         torch.testing.assert_close(flex_alibi(q, k, v, 0.3), expected)
     torch.compiler.reset()
     graphs = []
     compiled = torch.compile(flex_alibi, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     torch.testing.assert_close(compiled(q, k, v, 0.3), expected)
     assert len(graphs) == 1
-    assert not torch.allclose(causal_attention(q, k, v, 0.3), expected, atol=1e-2)  # the slopes do something
+    assert not torch.allclose(causal_attention(q, k, v, 0.3), expected, atol=1e-2)  # without ALiBi the result differs
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -551,10 +552,10 @@ def test_gelu_traced_on_a_cpu_is_gpt2s(dtype, tolerance):
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     slope, other = (torch.autograd.grad(value.sum(), x)[0] for value in (y, expected))
     torch.testing.assert_close(slope, other, rtol=10 * tolerance, atol=10 * tolerance)
-    assert torch.equal(gelu(x), expected)  # as it is where nothing is compiled
+    assert torch.equal(gelu(x), expected)  # uncompiled, gelu is PyTorch's
 
 
-@pytest.mark.parametrize('rows', [1, 3.5])  # of those that are computed at a time
+@pytest.mark.parametrize('rows', [1, 3.5])  # as multiples of the rows that are computed at a time
 def test_cross_entropy_on_a_cpu_in_bf16(rows):
     generator = torch.Generator().manual_seed(0)
     V = 1000
@@ -567,14 +568,14 @@ def test_cross_entropy_on_a_cpu_in_bf16(rows):
     with torch.no_grad():
         kept = logits.clone()
         assert cross_entropy(kept, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-        assert torch.equal(kept, logits)  # consumed only for a backward
+        assert torch.equal(kept, logits)  # overwritten only if a gradient is needed
     leaf = logits.clone().requires_grad_()
     loss = cross_entropy(leaf * 1, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     (loss / 4).backward()
     assert (leaf.grad - exact.grad).abs().max() < 2**-8 * exact.grad.abs().max()
     assert (leaf.grad[0, 3:50] == 0).all()
-    targets[0, 0] = -100  # no other number is left out
+    targets[0, 0] = -100  # only -1 is ignored
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy(logits, targets)
 
@@ -655,14 +656,14 @@ def test_density_one_has_no_masks():
 def test_generate_never_samples_padding():
     model = make(real_vocab_size=10, init_std=2.0)
     with torch.no_grad():
-        model.lm_head.weight[10:] *= 100  # padding would win if it could
+        model.lm_head.weight[10:] *= 100  # padding would win if it were allowed
     ids = model.generate(torch.zeros(8, 1, dtype=torch.long), 30, generator=torch.Generator().manual_seed(0))
     assert ids.shape == (8, 31) and ids.max() < 10
     assert model.generate(ids, 5, temperature=0).max() < 10
     assert make(init_std=2.0).generate(ids, 30).max() >= 10
 
 
-@pytest.mark.parametrize('prompt', [1, 5, 16, 20])  # block_size is 16: below, at and past it
+@pytest.mark.parametrize('prompt', [1, 5, 16, 20])  # below, at and above block_size = 16
 @pytest.mark.parametrize('dtype, variant', [
     (torch.float32, {}), (torch.bfloat16, {}), (torch.float32, dict(pos='rope', n_kv_head=1, qk_norm=True)),
     (torch.float32, dict(pos='alibi')), (torch.bfloat16, dict(pos='alibi', n_kv_head=1))])
@@ -677,7 +678,7 @@ def test_sampling_with_cached_keys_and_values_is_sampling_without(prompt, dtype,
         for _ in range(20):
             logits = model(ids[:, -16:])[0][:, -1]
             top = logits.topk(2).values
-            tokens.append(top[:, 0] - top[:, 1] > (1e-4 if dtype == torch.float32 else 0.1))  # no tie
+            tokens.append(top[:, 0] - top[:, 1] > (1e-4 if dtype == torch.float32 else 0.1))  # near ties are skipped
             ids = cached[:, :ids.size(1) + 1]
             assert torch.equal(ids[:, -1][tokens[-1]], logits.argmax(-1)[tokens[-1]])
     assert torch.stack(tokens).float().mean() > 0.8
@@ -700,7 +701,7 @@ def test_generate_is_determined_by_its_generator_and_top_k():
 
 
 def test_counts():
-    """By hand, for V = 64, T = 16, N = 32, L = 2: 2VN + TN + L(12 N^2 + 13 N) + 2N."""
+    """Counted by hand for V = 64, T = 16, N = 32, L = 2: 2VN + TN + L(12 N^2 + 13 N) + 2N."""
     assert make().num_params() == 2 * 64 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32 == 30080
     assert make(tie_weights=True).num_params() == 30080 - 64 * 32
     assert flops_per_token(make()) == 6 * (30080 - 64 * 32 - 16 * 32) + 12 * 2 * 32 * 16
@@ -759,7 +760,7 @@ def tiny_gpt2(tmp_path_factory):
     torch.manual_seed(0)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_layer=2, n_embd=64, n_head=4, vocab_size=100, n_positions=32, initializer_range=0.4)).eval()
-    with torch.no_grad():  # biases too, which start at zero
+    with torch.no_grad():  # the biases start at zero: draw them, too
         for name, p in hf.named_parameters():
             if name.endswith('bias'):
                 p.normal_(0, 0.3)
@@ -776,7 +777,7 @@ def import_gpt2(name, **options):
 def test_gpt2_import(tiny_gpt2, tmp_path):
     hf, folder = tiny_gpt2
     model = import_gpt2(folder).eval()
-    assert model.lm_head.weight is model.transformer.wte.weight  # still tied: finetuning must not part them
+    assert model.lm_head.weight is model.transformer.wte.weight  # still tied: finetuning must not untie them
     idx = torch.randint(100, (3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = hf(idx).logits
@@ -796,7 +797,7 @@ def test_gpt2_import(tiny_gpt2, tmp_path):
 
 
 def test_readme_points_at_the_right_lines():
-    """docs/rules.md leads from each row of the papers' tables to its line."""
+    """docs/rules.md links each row of the papers' tables to its line in model.py."""
     lines = (ROOT / 'model.py').read_text().splitlines()
     rules = (ROOT / 'docs' / 'rules.md').read_text()
     links = re.findall(r'\[model\.py:(\d+)\]\(\.\./model\.py#L(\d+)\) `([^`]+)`', rules)
@@ -806,7 +807,7 @@ def test_readme_points_at_the_right_lines():
 
 
 COLUMNS = {'SP': 'sp', 'muP': 'mup', 'CompleteP': 'completep', 'SuPar': 'supar'}
-ROWS = {  # of the table in the README: where the factor is in the rules
+ROWS = {  # row of the README's table: (role, column) of its factor in the rules
     'init std of hidden weights': ('hidden_weight', 'init_std'),
     'learning rate of hidden weights': ('hidden_weight', 'lr'),
     'weight decay of hidden weights': ('hidden_weight', 'weight_decay'),
@@ -828,7 +829,7 @@ def test_readme_shows_the_rules():
 
 
 def test_readme_ports_the_same_rules():
-    """The groups that docs/rules.md tells others to make are the groups that we make."""
+    """The parameter groups of the port in docs/rules.md equal the groups of model.py."""
     rules = (ROOT / 'docs' / 'rules.md').read_text()
     code = textwrap.dedent(re.search(r'```python\n(.*?)```', rules, flags=re.S).group(1))
     roles = dict(embeddings='embedding', block_norms='block_norm', hidden_weights='hidden_weight',

@@ -23,24 +23,25 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from nanop.errors import UserError, first_line
+from nanop.errors import UserError, explained, first_line
 from nanop.files import checksum, flush_folder, remove, write_atomically
 from nanop.parallel import lost_contact, rank_and_world_size
 
-KEPT = 2
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
-STATE, CHECKSUMS = 'state.json', 'checksums.json'
+KEPT, STATE, CHECKSUMS = 2, 'state.json', 'checksums.json'
 
 
 def find(out_dir):
     """The checkpoints of a run, newest first, whole or damaged. out_dir='', a run that writes nothing, has none."""
-    return sorted((path for path in Path(out_dir).glob('ckpt_*') if path.suffix != '.tmp'), reverse=True) \
-        if out_dir else []
+    paths = Path(out_dir).glob('ckpt_*') if out_dir else ()
+    return sorted((path for path in paths if path.suffix != '.tmp'), reverse=True)
 
 
-def cause(error):
-    """The exception inside a CheckpointException."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+def user_error(error, problem, use):
+    """The UserError for an exception while tensors are written or read; a lost rank's exception stays as it is."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error if lost_contact(error) else UserError(f'{problem} ({first_line(error)}): {use}')
 
 
 # -----------------------------------------------------------------------------
@@ -80,11 +81,9 @@ class Checkpoints:
 
     def clean(self, step):
         """Remove what an earlier process left half-written; before the first step, remove all checkpoints."""
-        try:
-            for path in [*self.out_dir.glob('ckpt_*.tmp'), *(find(self.out_dir) if step == 0 else [])]:
+        for path in [*self.out_dir.glob('ckpt_*.tmp'), *(find(self.out_dir) if step == 0 else [])]:
+            with explained(OSError, f"'{path}' cannot be removed"):
                 remove(path)
-        except OSError as error:
-            raise UserError(f"'{path}' cannot be removed: {error}") from None
 
     def save(self, step, model, optimizer, state):
         """Start to write a copy of the tensors and `state`, a dict for JSON. Training can go on meanwhile."""
@@ -94,10 +93,6 @@ class Checkpoints:
                                       storage_writer=Writer(self.path, {'step': step, **state}),
                                       process_group=self.group)
 
-    def raise_if_failed(self):
-        if self.writing and self.writing.done():
-            self.wait()
-
     def wait(self):
         """Wait until the checkpoint that is being written is on disk."""
         writing, self.writing = self.writing, None
@@ -105,21 +100,17 @@ class Checkpoints:
             if writing:
                 writing.result()
         except (CheckpointException, OSError, RuntimeError) as error:
-            if lost_contact(cause(error)):
-                raise cause(error) from None
-            if rank_and_world_size()[0] == 0:
+            error = user_error(error, f"'{self.path}' could not be written", 'make room, go on from the one before it '
+                               'with --init_from=resume')
+            if isinstance(error, UserError) and rank_and_world_size()[0] == 0:
                 shutil.rmtree(f'{self.path}.tmp', ignore_errors=True)  # it may be what fills the disk
-            raise UserError(f"'{self.path}' could not be written ({first_line(cause(error))}): make room, go on from "
-                            'the one before it with --init_from=resume') from None
+            raise error from None
 
 
 # -----------------------------------------------------------------------------
 # Reading
 def damage(path, names=None):
-    """What is wrong with the checkpoint `path`, in a few words, or None if it is as it was written.
-
-    All its files are checked, or those called `names`.
-    """
+    """What is wrong with a checkpoint's files, all or those called `names`, in a few words; None if nothing is."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
         if not isinstance(sums, dict) or any(file.name not in sums for file in path.glob('*.safetensors')):
@@ -162,10 +153,7 @@ def reading(path):
     try:
         yield
     except (CheckpointException, Exception) as error:  # CheckpointException is not an Exception
-        if lost_contact(cause(error)):
-            raise cause(error) from None
-        raise UserError(f"'{path}' cannot be read ({first_line(cause(error))}): remove it to go on from the one "
-                        'before') from None
+        raise user_error(error, f"'{path}' cannot be read", 'remove it to go on from the one before') from None
 
 
 def load_tensors(path, tensors, alone=False):
@@ -199,8 +187,6 @@ def write_weights(out_dir, weights, state):
     path = Path(out_dir, 'model.safetensors')
     header = {key: json.dumps(state[key]) for key in ('model_config', 'meta', 'step')}
     content = to_safetensors({name: p.contiguous().clone() for name, p in weights.items()}, header)
-    try:
+    with explained(OSError, f"'{path}' could not be written"):
         write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"'{path}' could not be written: {error}") from None
     return path

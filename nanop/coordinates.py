@@ -3,16 +3,16 @@ Coordinate checks of any model: does one training step change it equally at ever
 
     from nanop.coordinates import check
 
-Models of growing size train for a few steps, with several seeds each, and a control that must fail trains along. Each
+Models of growing size are trained for a few steps, with several seeds each, and so is a control that must fail. Each
 quantity is fitted by size^slope:
 
     activation  mean |x| of a module's output on a probe batch that is never trained on
-    change      mean |x - x at step 0| there
+    change      mean |x - x at step 0| on the probe batch
     update      RMS of a weight's change since step 0, over the entries that moved
-    gradient    RMS of its gradient at step 0, over the entries that are not zero
-    grad/eps    the same, divided by the eps of its optimizer group
+    gradient    RMS of a weight's gradient at step 0, over the entries that are not zero
+    grad/eps    gradient divided by the eps of the weight's optimizer group
     decay       fraction of a weight that a step without gradient takes away
-    distance    of a block's change in one step from its linearization in the block's weights, relative to the latter
+    distance    between a block's change in one step and its linearization in the weights, relative to the latter
 """
 import math
 import re
@@ -54,7 +54,7 @@ def first_of(output):
 
 
 def record_calls(model, patterns):
-    """A dict that every forward in eval mode fills with {(group, name): (args, kwargs, output)} of the modules."""
+    """A dict that every forward pass in eval mode fills: {(group, name of a module): (args, kwargs, output)}."""
     calls = {}
 
     def keep(key, module, args, kwargs, output):
@@ -67,15 +67,13 @@ def record_calls(model, patterns):
 
 
 def rms(x):
-    """Root mean square over the entries that are not zero, so without masked weights and tokens that did not occur."""
+    """Root mean square over the nonzero entries: masked weights and tokens that did not occur do not count."""
     return x.norm() / x.count_nonzero().clamp(min=1).sqrt()
 
 
 def distance_from_linearization(module, before, after, args, kwargs={}):
     """|f(after) - f(before) - J (after - before)| / |J (after - before)|, sums of magnitudes, of a module's output f.
-
-    `before` and `after` are its parameters by name. J is exact: forward mode in float64. arXiv:2505.01618, Eq. 6.
-    """
+    `before` and `after` are its parameters by name. J is exact: forward mode in float64. arXiv:2505.01618, Eq. 6."""
     def double(x):
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
@@ -90,105 +88,80 @@ def distance_from_linearization(module, before, after, args, kwargs={}):
         return (output(after) - at_start - linear).abs().sum() / linear.abs().sum()
 
 
-class Measurement:
-    """One model in training, and `values`, {(quantity, group, name, step): tensor}, measured on the way."""
-
-    def __init__(self, model, optimizer, loss_fn, modules, parameters, blocks):
-        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        self.params = dict(model.named_parameters())
-        self.start = {name: p.detach().clone() for name, p in self.params.items()}
-        self.outputs = matching(modules, model.named_modules())
-        self.weights = matching(parameters, self.params.items())
-        self.calls = record_calls(model, modules)
-        self.block_calls = record_calls(model, {'block': blocks} if blocks else {})
-        self.values, self.first = {}, {}
-        model.eval()
-
-    def losses(self, step):
-        loss = self.loss_fn(step)
-        return [loss] if isinstance(loss, torch.Tensor) else loss
-
-    def gradients(self):
-        """Measure gradients at step 0, on the probe."""
-        eps = {p: group.get('eps') for group in self.optimizer.param_groups for p in group['params']}
-        for loss in self.losses(PROBE):
-            loss.backward()
-        for group, name in self.weights:
-            p = self.params[name]
-            if p.grad is not None:
-                self.values['gradient', group, name, 0] = rms(p.grad)
-                if isinstance(eps.get(p), float):
-                    self.values['grad/eps', group, name, 0] = rms(p.grad) / eps[p]
-        self.model.zero_grad()
-
-    @torch.no_grad()
-    def activations(self, step):
-        """Measure the modules on the probe after `step` steps."""
-        self.calls.clear()
-        list(self.losses(PROBE))
-        for group, name in self.outputs:
-            if (group, name) not in self.calls:
-                raise UserError(f"the module '{name}' ({group}) is not called by the loss: leave it out")
-            x = self.calls[group, name][2].detach().float()
-            self.values['activation', group, name, step] = x.abs().mean()
-            self.values['change', group, name, step] = (x - self.first.setdefault((group, name), x)).abs().mean()
-
-    @torch.no_grad()
-    def distances(self, inputs):
-        """Measure how far each block's change in step 1 is from its linearization, for its inputs at step 0."""
-        for (group, name), (args, kwargs) in inputs.items():
-            block = self.model.get_submodule(name)
-            after = {key: p.detach() for key, p in block.named_parameters() if p.is_floating_point()}
-            before = {key: self.start[f'{name}.{key}'] for key in after}
-            self.values['distance', group, name, 1] = distance_from_linearization(block, before, after, args, kwargs)
-
-    def train(self, step):
-        """Take one optimizer step; a run that diverges gets nan weights, because it has no coordinates."""
-        self.model.train()
-        total = 0.0
-        for loss in self.losses(step):
-            loss.backward()
-            total = total + loss.detach()
-        trained = [p.grad for p in self.params.values() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in trained]))
-        if math.isfinite(total) and math.isfinite(norm):
-            self.optimizer.step()
-        else:
-            for p in self.params.values():
-                p.data.fill_(math.nan)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.eval()
-
-    def updates_and_decay(self, steps):
-        """Measure how far weights have moved, then what a step without gradients and moments takes away."""
-        for group, name in self.weights:
-            self.values['update', group, name, steps] = rms(self.params[name].detach() - self.start[name])
-        self.optimizer.state.clear()
-        before = {name: p.detach().clone() for name, p in self.params.items()}
-        for group in self.optimizer.param_groups:
-            for p in group['params']:
-                p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        for group, name in self.weights:
-            lost = (before[name] - self.params[name].detach()).norm()
-            self.values['decay', group, name, steps] = lost / before[name].norm().clamp(min=1e-30)
+def train_step(model, optimizer, losses):
+    """Take one optimizer step. A run that diverges has no coordinates, so its weights become nan."""
+    model.train()
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total = total + loss.detach()
+    if math.isfinite(total) and math.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)):
+        optimizer.step()
+    else:
+        for p in model.parameters():
+            p.data.fill_(math.nan)
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
 
 
-def measure(make, size, seed, modules, parameters, blocks, steps):
+def measure_coordinates(make, size, seed, modules, parameters, blocks, steps):
     """{(quantity, group, name, step): value} of one model, trained for `steps`; see check() for the arguments."""
     torch.manual_seed(seed)
-    run = Measurement(*make(size), modules, parameters, blocks)
-    run.gradients()
+    model, optimizer, loss_fn = make(size)
+    params = dict(model.named_parameters())
+    start = {name: p.detach().clone() for name, p in params.items()}
+    eps = {p: group.get('eps') for group in optimizer.param_groups for p in group['params']}
+    outputs, weights = matching(modules, model.named_modules()), matching(parameters, params.items())
+    calls, block_calls = record_calls(model, modules), record_calls(model, {'block': blocks} if blocks else {})
+    values, first = {}, {}  # tensors until the run is over
+
+    def losses(step):
+        loss = loss_fn(step)
+        return [loss] if isinstance(loss, torch.Tensor) else loss
+
+    model.eval()
+    for loss in losses(PROBE):
+        loss.backward()
+    for group, name in weights:
+        p = params[name]
+        if p.grad is not None:
+            values['gradient', group, name, 0] = rms(p.grad)
+            if isinstance(eps.get(p), float):
+                values['grad/eps', group, name, 0] = rms(p.grad) / eps[p]
+    model.zero_grad()
+
     for step in range(steps + 1):
-        run.activations(step)
-        if step == 0:
-            inputs = {key: call[:2] for key, call in run.block_calls.items()}
-        if step == 1:
-            run.distances(inputs)
+        calls.clear()
+        with torch.no_grad():
+            list(losses(PROBE))
+            for group, name in outputs:
+                if (group, name) not in calls:
+                    raise UserError(f"the module '{name}' ({group}) is not called by the loss: leave it out")
+                x = calls[group, name][2].detach().float()
+                values['activation', group, name, step] = x.abs().mean()
+                values['change', group, name, step] = (x - first.setdefault((group, name), x)).abs().mean()
+            if step == 0:
+                inputs = {key: call[:2] for key, call in block_calls.items()}
+            if step == 1:
+                for (group, name), call in inputs.items():
+                    block = model.get_submodule(name)
+                    after = {key: p.detach() for key, p in block.named_parameters() if p.is_floating_point()}
+                    before = {key: start[f'{name}.{key}'] for key in after}
+                    values['distance', group, name, 1] = distance_from_linearization(block, before, after, *call)
         if step < steps:
-            run.train(step)
-    run.updates_and_decay(steps)
-    return {key: float(value) for key, value in run.values.items()}
+            train_step(model, optimizer, losses(step))
+    for group, name in weights:
+        values['update', group, name, steps] = rms(params[name].detach() - start[name])
+
+    optimizer.state.clear()  # without moments and gradients, a step only decays the weights
+    before = {name: p.detach().clone() for name, p in params.items()}
+    for p in eps:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, name in weights:
+        lost = (before[name] - params[name].detach()).norm()
+        values['decay', group, name, steps] = lost / before[name].norm().clamp(min=1e-30)
+    return {key: float(value) for key, value in values.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -201,8 +174,7 @@ class Band(NamedTuple):
     why: str
 
     def used(self, slope, stderr):
-        """The fraction of the band that slope and stderr use up: above 1 is outside, infinity if they are not finite.
-        """
+        """The fraction of the band that slope and stderr use up: above 1 is outside, infinity if not finite."""
         used = (abs(slope - (self.low + self.high) / 2) + stderr) / ((self.high - self.low) / 2)
         return used if math.isfinite(used) else math.inf
 
@@ -212,7 +184,7 @@ def around(expected, tolerance, why):
 
 
 FLAT = around(0, 0.15, 'must not depend on size; finite sizes and few steps move it by up to 0.1')
-LAZY = around(0, 0.25, 'no block may come closer to its linearization with size: -1/2 is lazy')
+LAZY = around(0, 0.25, 'blocks must not approach their linearization as the size grows: -1/2 is lazy')
 
 
 class Line(NamedTuple):
@@ -257,29 +229,22 @@ def places_of(layers, same_everywhere):
 
 
 def lines_of(runs, sizes, seeds, expected):
-    """A Line for every quantity in runs[size, seed] = measure(..), judged by `expected`, {pattern: Band or None}.
-
-    A quantity that is zero at every size has no slope. It is left out if it may be zero; else its slope is nan, which
-    fails.
-    """
-    names_at = defaultdict(set)  # the names of a group at each size
-    for (size, _), run in runs.items():
-        for quantity, group, name, _ in run:
-            names_at[quantity, group, size].add(name)
-    series, where = defaultdict(lambda: np.full((len(seeds), len(sizes)), math.nan)), {}
-    for (size, seed), run in runs.items():  # the last run has the largest size
-        at = seeds.index(seed), sizes.index(size)
-        found = defaultdict(dict)
+    """A Line for every quantity in runs[size, seed], judged by `expected`, {pattern: Band or None}.
+    A quantity that is zero at every size has no slope: it is left out if it may be zero, else it fails with nan."""
+    measured = defaultdict(lambda: defaultdict(dict))  # {(quantity, group, step): {(size, seed): {name: value}}}
+    for model, run in runs.items():
         for (quantity, group, name, step), value in run.items():
-            found[quantity, group, step][name] = value
-        for (quantity, group, step), layers in found.items():
-            same_everywhere = all(names_at[quantity, group, other] == set(layers) for other in sizes)
+            measured[quantity, group, step][model][name] = value
+    series, where = defaultdict(lambda: np.full((len(seeds), len(sizes)), math.nan)), {}
+    for kind, models in measured.items():
+        same_everywhere = len({frozenset(layers) for layers in models.values()}) == 1
+        for (size, seed), layers in models.items():  # the last one has the largest size
             for place, name in places_of(layers, same_everywhere).items():
-                key = quantity, group, step, place
-                series[key][at], where[key] = layers[name], name
+                key = *kind, place
+                series[key][seeds.index(seed), sizes.index(size)], where[key] = layers[name], name
     lines = []
     for key, values in series.items():
-        text = ' '.join(str(part) for part in key)
+        text = ' '.join(map(str, key))
         band = next((band for pattern, band in expected.items() if re.fullmatch(pattern, text)), None)
         may_be_zero = band is None or key[2] == 0
         if np.any(values != 0) or not may_be_zero:
@@ -304,7 +269,7 @@ class CoordinateReport:
 
     @property
     def control_failures(self):
-        """Lines that show the control to fail: changes and distances outside their bands by more than their error."""
+        """Lines that show that the control fails: changes and distances more than their error outside their bands."""
         lines = [line for line in self.control if line.band and line.quantity in ('change', 'distance')] or self.control
         return [line for line in lines if line.band and not line.band.used(line.slope, -line.stderr) <= 1]
 
@@ -349,13 +314,10 @@ class CoordinateReport:
         return f'PASS: all {judged} slopes of {treatment} are inside their bands{fails}'
 
     def plot(self, path):
-        """Draw the modules over size, one line per step from light to dark, control and treatment side by side.
-
-        Of several layers, the one that is worst in the treatment is shown. Returns the path.
-        """
+        """Draw the modules over size, one line per step from light to dark, control and treatment side by side. Of
+        several layers, the one that is worst in the treatment is shown. Returns the path."""
         from PIL import Image  # comes with matplotlib
-        models = dict(zip(self.names, (self.treatment, self.control)))
-        models = dict(reversed(models.items()))  # the control on the left
+        models = dict(reversed([*zip(self.names, (self.treatment, self.control))]))  # the control on the left
         shown = [line for line in self.treatment if line.quantity in OF_MODULES]
         if not shown:
             raise UserError('neither modules nor blocks were measured: there is nothing to plot')
@@ -364,21 +326,21 @@ class CoordinateReport:
         across = len(quantities) * len(models)
         size = 0.8 + 3 * across, 0.8 + 2.2 * len(groups)
         with plots.figure(path, len(groups), across, size=size, dpi=110, sharex=True) as (figure, grid):
-            for row, group in zip(grid, groups):
-                for i, quantity in enumerate(quantities):
-                    of_group = [line for line in shown if (line.quantity, line.group) == (quantity, group)]
-                    self.plot_pair(row[i * len(models):][:len(models)], models, of_group)
+            for row, group in zip(grid.reshape(len(groups), len(quantities), len(models)), groups):
+                for panels, quantity in zip(row, quantities):
+                    self.plot_pair(panels, models, quantity, group)
             for panel in grid[-1]:
                 panel.set_xlabel(self.size_name, fontsize=8)
             figure.suptitle(self.title, fontsize=10)
         Image.open(path).quantize(64).save(path, optimize=True)  # a third of the bytes
         return path
 
-    def plot_pair(self, panels, models, of_group):
-        """Draw the worst of the lines `of_group` in each of the models, {name: lines}, on a common scale."""
-        worst = max(of_group, key=lambda line: line.used, default=None)
+    def plot_pair(self, panels, models, quantity, group):
+        """Draw the layer that is worst in the treatment, for each of the models, {name: lines}, on a common scale."""
+        layers = [line for line in self.treatment if (line.quantity, line.group) == (quantity, group)]
+        worst = max(layers, key=lambda line: line.used, default=None)
         lines = {model: [line for line in found if worst and (line.quantity, line.group, line.name) ==
-                         (worst.quantity, worst.group, worst.name)] for model, found in models.items()}
+                         (quantity, group, worst.name)] for model, found in models.items()}
         values = np.array([value for found in lines.values() for line in found for value in line.values])
         values = values[np.isfinite(values) & (values > 0)]
         if not len(values):
@@ -389,11 +351,11 @@ class CoordinateReport:
         middle = (values.min() * values.max()) ** 0.5
         low, high = min(values.min(), middle / 8 ** 0.5) / 1.2, max(values.max(), middle * 8 ** 0.5) * 1.2
         high *= (high / low) ** 0.4  # room for the legend
-        several = any(line.name != worst.name for line in of_group)
+        several = any(line.name != worst.name for line in layers)
         which = f" ({worst.name.removeprefix('transformer.')})" if several else ''
         for panel, model in zip(panels, models):
             self.plot_steps(panel, lines[model])
-            panel.set_title(f'{worst.quantity} of {worst.group}{which}\n{model}', fontsize=8)
+            panel.set_title(f'{quantity} of {group}{which}\n{model}', fontsize=8)
             panel.set_ylim(low, high)
 
     def plot_steps(self, panel, lines):
@@ -403,20 +365,14 @@ class CoordinateReport:
         judged = [line.step for line in lines if line.band]
         for line in lines:
             label = f'step {line.step}: slope {line.slope:+.2f} ± {line.stderr:.2f}'
-            panel.plot(self.sizes, line.values, marker='o', markersize=3, linewidth=1.2,
-                       label=label if line.step in (judged[:1] + judged[-1:]) else None,
-                       color=pyplot.cm.viridis_r(0.1 + 0.9 * line.step / steps))
-        panel.set_xscale('log', base=2)
-        panel.set_yscale('log', base=2)
+            panel.loglog(self.sizes, line.values, base=2, marker='o', markersize=3, linewidth=1.2,
+                         label=label if line.step in (judged[:1] + judged[-1:]) else None,
+                         color=pyplot.cm.viridis_r(0.1 + 0.9 * line.step / steps))
         panel.set_xticks(self.sizes, [f'{size:g}' for size in self.sizes])
         panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
         panel.tick_params(labelsize=7)
         if judged:
             panel.legend(frameon=False, fontsize=7, loc='upper left')
-
-
-SLOPE_FIELDS = ('check', 'model', 'quantity', 'group', 'step', 'name', 'where', 'slope', 'stderr', 'expected', 'low',
-                'high', 'verdict', 'sizes', 'values')
 
 
 def write_slopes(path, reports):
@@ -425,15 +381,13 @@ def write_slopes(path, reports):
     for name, report in reports.items():
         for model, lines in zip(report.names, (report.treatment, report.control)):
             for line in lines:
-                row = dict(check=name, model=model, **dict(zip(SLOPE_FIELDS[2:6], line.key)), where=line.where,
-                           slope=f'{line.slope:.4f}', stderr=f'{line.stderr:.4f}',
-                           sizes=' '.join(f'{size:g}' for size in report.sizes),
-                           values=' '.join(f'{value:.5g}' for value in line.values))
-                if line.band:
-                    row.update(expected=line.band.expected, low=line.band.low, high=line.band.high,
-                               verdict='fail' if line.used > 1 else 'pass')
-                rows.append(row)
-    write_csv(path, rows, SLOPE_FIELDS)
+                judged = dict(line.band._asdict(), verdict='fail' if line.used > 1 else 'pass') if line.band else {}
+                rows.append(line._asdict() | judged | dict(
+                    check=name, model=model, slope=f'{line.slope:.4f}', stderr=f'{line.stderr:.4f}',
+                    sizes=' '.join(f'{size:g}' for size in report.sizes),
+                    values=' '.join(f'{value:.5g}' for value in line.values)))
+    write_csv(path, rows, ('check', 'model', 'quantity', 'group', 'step', 'name', 'where', 'slope', 'stderr',
+                           'expected', 'low', 'high', 'verdict', 'sizes', 'values'))
 
 
 def check(make, sizes, modules={}, parameters={}, blocks='', expected={}, control=None, seeds=3, steps=10,
@@ -453,13 +407,11 @@ def check(make, sizes, modules={}, parameters={}, blocks='', expected={}, contro
     if len(set(sizes)) < 3 or len(set(sizes)) < len(sizes) or min(sizes) <= 0:
         raise UserError(f'sizes {list(sizes)} give no slope: use at least three different positive ones')
     if seeds < 2 or steps < 1:
-        raise UserError(f'seeds={seeds} and steps={steps} are too few: use at least 2 seeds, for the standard error, '
-                        'and 1 step')
+        raise UserError(f'seeds={seeds} with steps={steps} is too few: use at least 2 seeds and 1 step')
     bands = {pattern: around(band, 0.15, 'as asked for') if isinstance(band, int | float) else band
              for pattern, band in expected.items()}
-    for pattern, band in ((rf'activation \S+ (0|{steps}) .*', FLAT), (rf'change \S+ (1|{steps}) .*', FLAT),
-                          (r'distance \S+ 1 .*', LAZY)):
-        bands.setdefault(pattern, band)
+    usual = {rf'activation \S+ (0|{steps}) .*': FLAT, rf'change \S+ (1|{steps}) .*': FLAT, r'distance \S+ 1 .*': LAZY}
+    bands |= {pattern: band for pattern, band in usual.items() if pattern not in bands}
     sizes, seeds, lines = sorted(sizes), list(range(1, seeds + 1)), []
     with tqdm(total=len(names) * len(sizes) * len(seeds), unit='run', disable=None, leave=False) as bar:
         for name, make_one in zip(names, (make, control)):
@@ -467,11 +419,11 @@ def check(make, sizes, modules={}, parameters={}, blocks='', expected={}, contro
             for size in sizes:
                 for seed in seeds:
                     bar.set_description(f'{name}, size {size:g}, seed {seed}')
-                    runs[size, seed] = measure(make_one, size, seed, modules, parameters, blocks, steps)
+                    runs[size, seed] = measure_coordinates(make_one, size, seed, modules, parameters, blocks, steps)
                     bar.update()
             lines.append(lines_of(runs, sizes, seeds, bands))
     report = CoordinateReport(title, size_name, sizes, names, lines[0], lines[1] if control else [])
-    texts = [' '.join(str(part) for part in line.key) for line in report.treatment]
+    texts = [' '.join(map(str, line.key)) for line in report.treatment]
     for pattern in expected:
         if not any(re.fullmatch(pattern, text) for text in texts):
             raise UserError(f"expected['{pattern}'] matches nothing that was measured, such as {texts[:1]}")

@@ -1,8 +1,4 @@
-"""
-A dataset is a folder of token ids, train.bin and val.bin, and meta.json that describes them.
-
-nanop/write_dataset.py writes such folders; here they are checked and read.
-"""
+"""Reads datasets: folders of token ids, train.bin and val.bin, with a meta.json (written by nanop/write_dataset.py)."""
 import json
 import os
 import runpy
@@ -12,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanop.errors import UserError
+from nanop.errors import UserError, explained
 from nanop.tokenizer import get_tokenizer
 
 DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
@@ -29,26 +25,24 @@ def open_dataset(name):
 
 
 class Dataset:
-    """The token ids of one folder, and batches of them."""
+    """The token ids of data/NAME, or of a folder given by its whole path, and batches of them."""
 
     def __init__(self, name):
-        """Opens data/NAME, or a folder given by its whole path, and checks it."""
         self.folder = DATA_DIR / name
         prepare = self.folder / 'prepare.py'
         again = f'run python data/{name}/prepare.py' if prepare.exists() else 'see data/text/prepare.py'
         try:
             self.meta = json.loads((self.folder / 'meta.json').read_text())
-        except FileNotFoundError:
-            raise UserError(f"no dataset in '{self.folder}' (no meta.json): {again}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{self.folder}/meta.json' cannot be read ({error}): {again}") from None
-        try:
             self.dtype = np.dtype({'uint16': np.uint16, 'uint32': np.uint32}[self.meta['dtype']])
             self.vocab_size, self.real_vocab_size = int(self.meta['vocab_size']), int(self.meta['real_vocab_size'])
             self.bytes_per_token = float(self.meta['bytes_per_token'])
             self.tokenizer_name = str(self.meta['tokenizer'])
             self.num_tokens = {split: int(self.meta[f'{split}_tokens']) for split in ('train', 'val')}
-        except (KeyError, TypeError, ValueError) as error:
+        except FileNotFoundError:
+            raise UserError(f"no dataset in '{self.folder}' (no meta.json): {again}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.folder}/meta.json' cannot be read ({error}): {again}") from None
+        except (KeyError, TypeError) as error:
             raise UserError(f"'{self.folder}/meta.json' has no usable {error}: {again}") from None
         self.files = {}
         for split, num_tokens in self.num_tokens.items():
@@ -57,10 +51,8 @@ class Dataset:
             if found != num_tokens * self.dtype.itemsize or num_tokens < 1:
                 raise UserError(f"'{path}' {'is missing' if found is None else f'has {found:,} bytes'}, meta.json says "
                                 f'{num_tokens * self.dtype.itemsize:,}: {again}')
-            try:
+            with explained(OSError, f"'{path}' cannot be read"):
                 self.files[split] = open(path, 'rb', buffering=0)  # closed with the dataset
-            except OSError as error:
-                raise UserError(f"'{path}' cannot be read: {error}") from None
 
     def tokenizer(self):
         return get_tokenizer(self.tokenizer_name, self.meta.get('chars'))
@@ -87,12 +79,9 @@ class Dataset:
     def read_ids(self, split, start, num_tokens):
         """`num_tokens` ids from position `start`. If the file has shrunk, a memory map would kill the process here."""
         ids, file = np.empty(num_tokens, self.dtype), self.files[split]
-        try:
+        with explained(OSError, f"'{file.name}' cannot be read any more", 'go on with --init_from=resume when it can'):
             file.seek(int(start) * self.dtype.itemsize)
             missing = ids.nbytes - file.readinto(ids)
-        except OSError as error:
-            raise UserError(f"'{file.name}' cannot be read any more ({error}): go on with --init_from=resume when it "
-                            'can') from None
         if missing:
             raise UserError(f"'{file.name}' has become shorter: restore it, then go on with --init_from=resume")
         return ids
@@ -104,7 +93,5 @@ class Dataset:
             raise UserError(f"'{self.folder}/{split}.bin' holds id {ids.max()}, outside its vocabulary of "
                             f'{self.real_vocab_size}: prepare it again')
         ids = torch.from_numpy(ids)  # (B, T + 1)
-        if device.type == 'cuda':
-            ids = ids.pin_memory()
-        ids = ids.to(device, non_blocking=True)
+        ids = (ids.pin_memory() if device.type == 'cuda' else ids).to(device, non_blocking=True)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

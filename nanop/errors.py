@@ -4,8 +4,10 @@ Errors for users, and the checks that raise them.
 Whatever a user can mend raises UserError, anywhere in this repository: one line that says what was given, what is
 allowed and what to do. Scripts print it and exit with code 2.
 """
+import importlib
 import math
 import sys
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -17,6 +19,23 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+@contextmanager
+def explained(kinds, problem, use=''):
+    """Turn exceptions of these kinds into a UserError: the problem, the exception's first line, what to do."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{problem} ({first_line(error)}){': ' if use else ''}{use}") from None
+
+
+def import_optional(module, needed_by, package=''):
+    """The module called `module`, of a package that nanoP runs without; `package` is its name for pip if it differs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f'{needed_by} needs {package or module}: pip install {package or module}') from None
+
+
 def require(config, key, ok, use):
     """Refuse config.key unless `ok`; `use` says what to do instead."""
     if not ok:
@@ -24,8 +43,7 @@ def require(config, key, ok, use):
 
 
 def require_values(config, at_least={}, fractions=(), below_one=(), choices={}):
-    """Refuse a config with a key below its least value, infinite or nan; outside [0, 1], or [0, 1) for the keys of
-    `below_one`; or not among its choices."""
+    """Refuse a config with a value that is too small, infinite or nan, outside [0, 1] or [0, 1), or not a choice."""
     for key, lowest in at_least.items():
         value = getattr(config, key)
         ok = lowest <= value < (2**63 if isinstance(value, int) else math.inf)  # False for nan

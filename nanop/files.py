@@ -1,23 +1,21 @@
-"""
-Files that are whole or absent: atomic writes, the lock of a folder, checksums, CSV.
-"""
-import contextlib
+"""Files that are whole or absent: atomic writes, the lock of a folder, checksums, CSV."""
 import csv
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanop.errors import UserError
+from nanop.errors import UserError, explained
 
 
 def flush_folder(path):
     """Make files created or renamed in a folder survive a power cut, where the system can."""
     if hasattr(os, 'O_DIRECTORY'):
         folder = os.open(path, os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # some network file systems cannot
+        with suppress(OSError):  # some network file systems cannot
             os.fsync(folder)
         os.close(folder)
 
@@ -43,8 +41,8 @@ def write_atomically(path, content):
 
 def checksum(path):
     """The sha256 of a file, as hexadecimal text."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        digest = hashlib.sha256()
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -58,13 +56,11 @@ def remove(path):
 def make_out_dir(path):
     """Make the folder that a script writes to, and make sure that it can be written. Returns it as a Path."""
     path = Path(path)
-    try:
+    with explained(OSError, f"out_dir='{path}' cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f'.write-test-{os.getpid()}'
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"out_dir='{path}' cannot be written: {error}") from None
     return path
 
 
@@ -80,12 +76,9 @@ def lock(out_dir):
     return held
 
 
-# -----------------------------------------------------------------------------
-# CSV
 def write_rows(file, rows, fields):
-    """Write a header and dicts as CSV to an open text file. Missing values stay empty, keys not in `fields` are left
-    out; floats keep all their digits."""
-    writer = csv.DictWriter(file, fields, restval='', extrasaction='ignore')
+    """Write a header and dicts as CSV to an open text file, floats with all digits, keys not in `fields` left out."""
+    writer = csv.DictWriter(file, fields, extrasaction='ignore')
     writer.writeheader()
     writer.writerows(rows)
 
@@ -93,7 +86,7 @@ def write_rows(file, rows, fields):
 def write_csv(path, rows, fields=None):
     """Write dicts as a CSV file; the fields are the keys of the first one, unless given."""
     with open(path, 'w', newline='') as file:
-        write_rows(file, rows, fields or list(rows[0]))
+        write_rows(file, rows, fields or rows[0])
 
 
 def read_csv(path):

@@ -56,30 +56,20 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-NORMS = {
-    'layernorm': lambda size, gain, bias: nn.LayerNorm(size, elementwise_affine=gain, bias=bias),
-    'rmsnorm':   lambda size, gain, bias: nn.RMSNorm(size, eps=1e-5, elementwise_affine=gain),
-}
-ACTIVATIONS = {
-    'gelu':   gelu,
-    'relu':   F.relu,
-    'relu2':  lambda x: F.relu(x).square(),
-    'swiglu': swiglu,
-}
+NORMS = dict(
+    layernorm=lambda size, gain, bias: nn.LayerNorm(size, elementwise_affine=gain, bias=bias),
+    rmsnorm=lambda size, gain, bias: nn.RMSNorm(size, eps=1e-5, elementwise_affine=gain))
+ACTIVATIONS = dict(gelu=gelu, relu=F.relu, relu2=lambda x: F.relu(x).square(), swiglu=swiglu)
 ATTN_SCALES = {  # factor on Q K^T, from head_dim D, n_embd N and the rule for attention logits
     'base':     lambda D, N, rule: rule * D ** -0.5,
     '1/sqrt_d': lambda D, N, rule: D ** -0.5,
     '1/d':      lambda D, N, rule: 1 / D,
-    '1/N':      lambda D, N, rule: 1 / N,
-}
+    '1/N':      lambda D, N, rule: 1 / N}
 
 # -----------------------------------------------------------------------------
 # Attention
 def rotate(x, start):
-    """Apply rotary positions (arXiv:2104.09864) to x (B, H, T, D), whose first token is at position `start`.
-
-    The rotated pairs are (d, d + D/2).
-    """
+    """Apply rotary positions (arXiv:2104.09864) from `start` on to x (B, H, T, D). Rotated pairs are (d, d + D/2)."""
     T, D = x.shape[-2:]
     frequencies = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D / 2,)
     angles = torch.arange(start, start + T, device=x.device)[:, None] * frequencies  # (T, D / 2)
@@ -117,15 +107,12 @@ def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
     assert T in (1, keys), f'{T} queries for {keys} keys: expected one query, or one for each key'
     if alibi and T > 1 and not dropout and q.is_cuda and q.size(-1) >= 16 and torch.compiler.is_compiling():
         return flex_alibi(q, k, v, scale)
-    if alibi:
-        mask = alibi_mask(H, T, keys, q.device).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=H != kv_heads)
-    if in_bf16_on_cpu(q) and not dropout and T > 1:
+    if in_bf16_on_cpu(q) and not alibi and not dropout and T > 1:
         if H != kv_heads:
             k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
-        y = CausalProducts.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale)  # (B * H, T, D) each
-        return y.view(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, scale=scale,
+        return CausalProducts.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale).view(q.shape)  # of (B * H, T, D)
+    mask = alibi_mask(H, T, keys, q.device).to(q.dtype) if alibi else None
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1 and not alibi, scale=scale,
                                           enable_gqa=H != kv_heads)
 
 
@@ -176,8 +163,7 @@ def cross_entropy(logits, targets):
 
 
 class CrossEntropyInPlace(torch.autograd.Function):
-    """Cross-entropy on (N, V) and (N,) that overwrites the logits with their gradient; nothing else needs the logits.
-    """
+    """Cross-entropy on (N, V) and (N,) that overwrites the logits, which nothing else needs, with their gradient."""
 
     @staticmethod
     def forward(ctx, logits, targets, wants_grad):

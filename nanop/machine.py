@@ -1,6 +1,4 @@
-"""
-What this machine can do: device, dtype, torch.compile, peak FLOP/s, peak memory.
-"""
+"""What this machine can do: device, dtype, torch.compile, peak FLOP/s, peak memory."""
 import ctypes
 import os
 import platform
@@ -13,18 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from nanop.errors import UserError, first_line
+from nanop.errors import UserError, explained, first_line
 
 PEAK_FLOPS = {  # dense bf16 FLOP/s (fp16 where the chip has no bf16) by words of the device's name; first match wins
     'GB200': 2.5e15, 'B200': 2.25e15, 'B100': 1.75e15,
     'H200': 989e12, 'GH200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H800': 989e12,
     'A100': 312e12, 'A800': 312e12, 'A30': 165e12, 'A40': 150e12, 'RTX A6000': 155e12, 'A10': 125e12, 'A10G': 70e12,
     'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12,
-    'MI355X': 2.5e15, 'MI325X': 1.307e15, 'MI300X': 1.307e15,
-}
-
+    'MI355X': 2.5e15, 'MI325X': 1.307e15, 'MI300X': 1.307e15}
 MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -62,18 +57,12 @@ def pick_device(name):
     """The device called `name`; 'auto' takes cuda, then mps, then cpu."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
+    with explained((RuntimeError, AssertionError), f"device='{name}' does not work here", "use device='auto' or 'cpu'"):
         return torch.empty(1, device=name).device  # 'cuda' becomes cuda:0, as set_device wants it
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise UserError(f"device='{name}' does not work here ({reason}): use device='auto' or 'cpu'") from None
 
 
 def keep_freed_memory():
-    """Tell glibc to keep freed memory instead of returning it to the system, unless the user configured malloc.
-
-    Large tensors are freed at every step, and getting fresh pages for the next ones costs more than many a product.
-    """
+    """Let glibc keep freed memory, unless the user configured malloc: fresh pages at every step would take longer."""
     if sys.platform == 'linux' and not any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
         with suppress(AttributeError):  # another C library
             for option, value in ((MALLOPT_TRIM_THRESHOLD, -1), (MALLOPT_MMAP_MAX, 0)):
@@ -116,10 +105,7 @@ def why_not_compile(device):
 
 
 def flops_per_token(model):
-    """FLOPs of one training token of a GPT, forward and backward: 6 per multiplied weight, plus attention.
-
-    arXiv:2204.02311, Appendix B. Masked weights count, because they are multiplied too.
-    """
+    """Training FLOPs of a token: 6 per multiplied weight, masked or not, plus attention (arXiv:2204.02311, App. B)."""
     c = model.config
     looked_up = c.n_embd * (c.vocab_size * (not c.tie_weights) + c.block_size * (c.pos == 'learned'))
     return 6 * (model.num_params() - looked_up) + 12 * c.n_layer * c.n_embd * c.block_size
@@ -130,9 +116,8 @@ def peak_flops(device, dtype):
     if device.type != 'cuda' or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    if 'Laptop' in name:
-        return None
-    return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf'\b{words}\b', name)), None)
+    known = [flops for words, flops in PEAK_FLOPS.items() if re.search(rf'\b{words}\b', name) and 'Laptop' not in name]
+    return known[0] if known else None
 
 
 def peak_memory_bytes(device):

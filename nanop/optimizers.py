@@ -1,18 +1,14 @@
-"""
-Optimizers by name. How each of them follows the shape of a model is in model.py, OPTIMIZERS.
-"""
+"""Optimizers by name. How each of them follows the shape of a model is in model.py, OPTIMIZERS."""
 import math
 
 import torch
 
-from nanop.errors import UserError
-
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
+from nanop.errors import import_optional
 
 
 def orthogonalized(x, eps):
     """The matrix x (M, N) with all its singular values moved to about 1 (0.7 to 1.2), in bf16."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # of torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
     tall = x.size(0) > x.size(1)
     y = x.bfloat16().T if tall else x.bfloat16()
     y = y / y.norm().clamp(min=eps)
@@ -52,18 +48,13 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
 
 
-def lion(groups, learning_rate, betas):
-    try:
-        from lion_pytorch import Lion
-    except ImportError:
-        raise UserError("optimizer='lion' needs a package: pip install lion-pytorch") from None
-    return Lion(groups, learning_rate or 1.0, betas)  # it refuses 0 here; every group has its own lr
-
-
 def optimizer_by_name(name, groups, learning_rate, betas, eps, device_type):
     """The optimizer called `name` for these parameter groups. beta1 is the momentum of SGD and Muon."""
-    return dict(
-        adamw=lambda: torch.optim.AdamW(groups, learning_rate, betas, eps, fused=device_type in ('cuda', 'cpu')),
-        lion=lambda: lion(groups, learning_rate, betas),
-        muon=lambda: Muon(groups, learning_rate, betas, eps),
-        sgd=lambda: torch.optim.SGD(groups, learning_rate, momentum=betas[0]))[name]()
+    if name == 'adamw':
+        return torch.optim.AdamW(groups, learning_rate, betas, eps, fused=device_type in ('cuda', 'cpu'))
+    if name == 'muon':
+        return Muon(groups, learning_rate, betas, eps)
+    if name == 'sgd':
+        return torch.optim.SGD(groups, learning_rate, momentum=betas[0])
+    Lion = import_optional('lion_pytorch', "optimizer='lion'", 'lion-pytorch').Lion
+    return Lion(groups, learning_rate or 1.0, betas)  # it refuses 0 here; every group has its own lr

@@ -106,19 +106,17 @@ def say(text):
 
 def from_rank_0(function):
     """Call function() on rank 0; every rank gets its result, or the UserError that it raised."""
-    result = None
+    box = [None]
     if rank_and_world_size()[0] == 0:
         try:
-            result = function()
+            box = [function()]
         except UserError as error:
-            result = error
+            box = [error]
     if dist.is_initialized():
-        box = [result]
         dist.broadcast_object_list(box, device=torch.device('cpu'))
-        result = box[0]
-    if isinstance(result, UserError):
-        raise result
-    return result
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
 
 
 def largest(number):
@@ -150,8 +148,7 @@ def to_compile(model, device_type, sharded=False, recompute=False):
 
     All blocks share one graph. On a CPU this is as fast as the whole model and compiles in half the time, and the
     loss keeps its loop, which would be unrolled. Sharded blocks break the graph where they are gathered, and recomputed
-    blocks run uncompiled; then the attention and MLP of the blocks are compiled, two graphs. So are those of a deep
-    model on a GPU.
+    blocks run uncompiled; then, and in a deep model on a GPU, their attention and MLP are compiled, two graphs.
     """
     blocks = model.transformer.h
     if device_type == 'cpu' and not sharded and not recompute:
@@ -162,20 +159,14 @@ def to_compile(model, device_type, sharded=False, recompute=False):
 
 
 def shard(model, kind, machine):
-    """Shard a model in place, block by block. Blocks gather and use their weights in machine.dtype; gradients are
-    reduced in float32.
-
-    The model is on the meta device, or has the same weights on every rank.
-    """
+    """Shard a model in place, block by block. It is on the meta device, or has the same weights on every rank."""
     world_size, per_host = dist.get_world_size(), int(os.environ['LOCAL_WORLD_SIZE'])
-    if kind == 'hsdp':
-        if world_size % per_host:
-            raise UserError(f"parallel='hsdp' needs as many processes on every machine, not {per_host} of {world_size}")
-        mesh = init_device_mesh(machine.device.type, (world_size // per_host, per_host),
-                                mesh_dim_names=('copy', 'shard'))
-    else:
-        mesh = init_device_mesh(machine.device.type, (world_size,), mesh_dim_names=('shard',))
-    # norms, embeddings and the residual stream stay in float32, as under autocast
+    if kind == 'hsdp' and world_size % per_host:
+        raise UserError(f"parallel='hsdp' needs as many processes on every machine, not {per_host} of {world_size}")
+    sizes = (world_size // per_host, per_host) if kind == 'hsdp' else (world_size,)
+    mesh = init_device_mesh(machine.device.type, sizes, mesh_dim_names=('copy', 'shard')[-len(sizes):])
+    # blocks gather and use their weights in machine.dtype, and reduce gradients in float32; norms, embeddings and the
+    # residual stream stay in float32, as under autocast
     precision = MixedPrecisionPolicy(param_dtype=machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if block.attn.q_norm:

@@ -1,19 +1,15 @@
-"""
-What all plots share: matplotlib without a screen, axes, saving.
-"""
+"""What all plots share: matplotlib without a screen, axes, saving."""
 from contextlib import contextmanager
 
-from nanop.errors import UserError
+import numpy as np
+
+from nanop.errors import import_optional
 
 
 @contextmanager
 def figure(path, rows=1, columns=1, size=(7, 4.2), dpi=140, **options):
     """Yield (figure, axes, an array of rows x columns) to draw on, and save the figure to `path`."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('plots need matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
+    import_optional('matplotlib', 'a plot').use('Agg')
     from matplotlib import pyplot
     drawn, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained', **options)
     for each in axes.flat:
@@ -28,12 +24,5 @@ def figure(path, rows=1, columns=1, size=(7, 4.2), dpi=140, **options):
 
 def colors(count, name='viridis', last=0.88):
     """`count` colors of a colormap, dark to light."""
-    import numpy as np
     from matplotlib import pyplot
     return pyplot.get_cmap(name)(np.linspace(0, last, max(1, count)))
-
-
-def engineering():
-    """Tick labels like 1.5M."""
-    from matplotlib import ticker
-    return ticker.EngFormatter(sep='')

@@ -1,13 +1,11 @@
-"""
-The folder of one training run: its lock, checkpoints and log. Here they are read and written; train() decides when.
-"""
+"""The folder of one training run: its lock, checkpoints and log. train() decides when they are read and written."""
 import math
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 
 from nanop import checkpoint
-from nanop.errors import UserError
+from nanop.errors import UserError, import_optional
 from nanop.files import lock
 from nanop.parallel import from_rank_0, say
 from nanop.run_log import Metrics
@@ -25,9 +23,8 @@ class RunFolder:
         self.log = self.checkpoints = None
 
     def __enter__(self):
+        c = self.config
         with ExitStack() as on_exit:
-            c = self.config
-
             def look():
                 if self.writes:
                     on_exit.callback(lock(c.out_dir).release)
@@ -57,10 +54,7 @@ class RunFolder:
             self.log.close()
 
     def resume(self, config, steps, model, optimizer, scaler):
-        """Load the saved tensors, if there are any, and open the log. Returns (first step, best validation loss).
-
-        lr, weight decay, eps and betas stay those of this run. Prints the keys that have changed.
-        """
+        """Load the saved tensors, if any, and print which keys changed. Returns (first step, best validation loss)."""
         c, first_step, best_val_loss = config, 0, math.inf
         if self.saved:
             first_step, best_val_loss = self.saved['step'], self.saved['best_val_loss']
@@ -86,7 +80,8 @@ class RunFolder:
             self.checkpoints.clean(first_step)
             self.log = Metrics(self.out_dir, first_step, steps, asdict(config))
             if config.wandb_log:
-                self.log.start_wandb(config.wandb_project, config.wandb_run_name or config.out_dir, asdict(config))
+                self.log.wandb = import_optional('wandb', 'wandb_log=True').init(
+                    project=config.wandb_project, name=config.wandb_run_name or config.out_dir, config=asdict(config))
         if self.writes:
             from_rank_0(open_on_rank_0)
 
@@ -96,7 +91,6 @@ class RunFolder:
             self.log.write(row)
 
     def save(self, step, model, optimizer, **state):
-        """Start to write a checkpoint in the background."""
         if self.writes:
             if self.log:
                 self.log.flush()  # so that the rows before a checkpoint are as safe as the checkpoint
@@ -104,14 +98,11 @@ class RunFolder:
 
     def raise_if_failed(self):
         """Raise the error of the checkpoint in the background, if it has failed."""
-        if self.writes:
-            self.checkpoints.raise_if_failed()
+        if self.writes and self.checkpoints.writing and self.checkpoints.writing.done():
+            self.checkpoints.wait()
 
     def finish(self, summary, grad_norm):
-        """Say how the run ended; write summary.json and loss.png, and model.safetensors unless it diverged.
-
-        Returns the weights in model.safetensors, or None.
-        """
+        """Say how the run ended and write its results. Returns the weights in model.safetensors, if there are any."""
         if self.writes:
             self.checkpoints.wait()
         c, s = summary['config'], summary

@@ -1,7 +1,4 @@
-"""
-What a run reports: the table of rules, a progress bar or lines on the terminal, metrics.csv, summary.json, loss.png
-and, on request, Weights & Biases. And the signals that stop a run.
-"""
+"""What a run reports, on the terminal, in files and to Weights & Biases; and the signals that stop it."""
 import csv
 import io
 import json
@@ -10,13 +7,13 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nanop import plots
-from nanop.errors import UserError
+from nanop.errors import UserError, explained
 from nanop.files import read_csv, write_atomically, write_rows
 from nanop.machine import flops_per_token, peak_flops
 from nanop.parallel import rank_and_world_size
@@ -53,17 +50,14 @@ def describe(model, optimizer):
 
 def startup_text(config, rates, steps, batch_size, world_size, model, optimizer, machine):
     """What a run says before its first step: parameters, steps, batch, derived values and the table of rules."""
-    c = config
-    sequences = c.batch_tokens // c.block_size
-    lines = [
-        f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences of '
-        f'{c.block_size} = {world_size} process(es) x {sequences // world_size // batch_size} micro-batch(es) x '
-        f'{batch_size}; {steps * c.batch_tokens:,} tokens on {machine.device}, {machine.dtype_name}'
-        f"{f', {c.parallel}' if world_size > 1 else ''}"]
+    c, sequences = config, config.batch_tokens // config.block_size
+    lines = [f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences '
+             f'of {c.block_size} = {world_size} process(es) x {sequences // world_size // batch_size} micro-batch(es) '
+             f'x {batch_size}; {steps * c.batch_tokens:,} tokens on {machine.device}, {machine.dtype_name}'
+             f"{f', {c.parallel}' if world_size > 1 else ''}"]
     if (rates.beta1, rates.learning_rate) != (c.beta1, c.learning_rate):
-        lines.append(
-            f'batch and duration differ from the base: learning_rate {rates.learning_rate:.4g}, weight_decay '
-            f'{rates.weight_decay:.4g}, eps {rates.eps:.4g}, beta1 {rates.beta1:.6g}, beta2 {rates.beta2:.6g}')
+        lines.append(f'batch and duration differ from the base: learning_rate {rates.learning_rate:.4g}, weight_decay '
+                     f'{rates.weight_decay:.4g}, eps {rates.eps:.4g}, beta1 {rates.beta1:.6g}, beta2 {rates.beta2:.6g}')
     lines.append(f'{c.parameterization}: {c.n_layer} layers x {c.n_embd}, density {c.density:g}; base {c.base_n_layer} '
                  f'x {c.base_n_embd}')
     return '\n'.join([*lines, describe(model, optimizer)])
@@ -89,8 +83,8 @@ class Throughput:
         """dict(tokens_per_s), and the fraction of the device's peak FLOP/s as `mfu` where the peak is known."""
         tokens_per_s = self.steps * self.tokens_per_step / self.seconds
         self.seconds, self.steps = 0.0, 0
-        known = dict(mfu=tokens_per_s * self.mfu_per_token_s) if self.mfu_per_token_s else {}
-        return dict(tokens_per_s=tokens_per_s, **known)
+        mfu = dict(mfu=tokens_per_s * self.mfu_per_token_s) if self.mfu_per_token_s else {}
+        return dict(tokens_per_s=tokens_per_s, **mfu)
 
 
 def read_metrics(out_dir):
@@ -102,7 +96,6 @@ class Metrics:
     """The log of a run from `first_step` to `steps`. Earlier rows of metrics.csv stay; later ones are removed."""
 
     def __init__(self, out_dir, first_step, steps, config):
-        """Also writes config.json."""
         self.steps, self.out_dir = steps, Path(out_dir)
         path = self.out_dir / 'metrics.csv'
         kept = [row for row in read_metrics(out_dir) if int(row['step']) < first_step]
@@ -115,30 +108,16 @@ class Metrics:
             write_atomically(path, text.getvalue().encode())
             self.file = open(path, 'a', newline='')
         self.writer = csv.DictWriter(self.file, FIELDS, restval='', extrasaction='ignore')
-        self.wandb = None
+        self.wandb = None  # a run of Weights & Biases, once there is one
         self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
                         disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
 
-    @contextmanager
     def writing(self):
-        """Turn disk errors into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"out_dir='{self.out_dir}' cannot be written ({error}): the checkpoints in it are as they "
-                            'were; make room, then go on with --init_from=resume') from None
-
-    def start_wandb(self, project, name, config):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError('wandb_log=True needs wandb: pip install wandb') from None
-        self.wandb = wandb.init(project=project, name=name, config=config)
+        return explained(OSError, f"out_dir='{self.out_dir}' cannot be written", 'the checkpoints in it are as they '
+                         'were; make room, then go on with --init_from=resume')
 
     def write(self, row):
-        """Add a row, a dict of FIELDS and mfu. On a terminal the losses show in the progress bar, elsewhere in a line.
-        """
-        note = f" | {row['mfu']:.1%} MFU" if 'mfu' in row else ''
+        """Add a row, a dict of FIELDS and mfu. It is shown in the progress bar on a terminal, elsewhere in a line."""
         with self.writing():
             self.writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value
                                   for key, value in row.items()})
@@ -146,14 +125,13 @@ class Metrics:
         if self.wandb:
             self.wandb.log(row, step=row['step'])
         self.bar.update(row['step'] - self.bar.n)
-        if 'loss' in row:
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s{note}")
         text = f"step {row['step']:>6}/{self.steps}"
         if 'val_loss' in row:
             text += f" | val loss {row['val_loss']:.4f} | {row['bits_per_byte']:.4f} bits per byte"
         if 'loss' in row:
-            text += f" | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad norm {row['grad_norm']:.3f}" \
-                    f" | {row['tokens_per_s']:,.0f} tokens/s{note}"
+            speed = f"{row['tokens_per_s']:,.0f} tokens/s" + (f" | {row['mfu']:.1%} MFU" if 'mfu' in row else '')
+            text += f" | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad norm {row['grad_norm']:.3f} | {speed}"
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}")
         if self.bar.disable:
             print(text, flush=True)
         elif 'val_loss' in row:
@@ -188,8 +166,8 @@ class Metrics:
 def plot_losses(out_dir, title):
     """Draw loss.png from metrics.csv and return its path."""
     rows, path = read_metrics(out_dir), Path(out_dir) / 'loss.png'
-    with plots.figure(path, dpi=150) as (_, axes):
-        axes = axes[0, 0]
+    with plots.figure(path, dpi=150) as (_, [[axes]]):
+        from matplotlib.ticker import EngFormatter
         for key, label, style in (('loss', 'training batch', dict(color='tab:blue', alpha=0.45, linewidth=1)),
                                   ('val_loss', 'validation', dict(color='tab:orange', marker='o', markersize=4))):
             points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
@@ -198,16 +176,13 @@ def plot_losses(out_dir, title):
             if len(points) > 40:  # let the first few steps leave at the top: they would flatten all the rest
                 axes.set_ylim(top=1.1 * points[len(points) // 40][1])
         axes.set(xlabel='tokens', ylabel='loss (nats per token)', title=title)
-        axes.xaxis.set_major_formatter(plots.engineering())  # 1.5M instead of 1.5 and, in the corner, 1e6
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))  # 1.5M instead of 1.5 and, in the corner, 1e6
         if axes.lines:
             axes.legend(frameon=False)
     return path
 
 
-# -----------------------------------------------------------------------------
-# Signals
-
-# Ctrl-C; the one of kill, torchrun and most schedulers; the one that SLURM sends before time is up, if asked to
+# Signals: Ctrl-C; that of kill, torchrun and most schedulers; the one that SLURM sends before time is up, if asked to
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
 SAME_S = 1.0  # torchrun may pass one signal on twice within this time
 

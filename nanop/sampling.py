@@ -1,9 +1,6 @@
-"""
-Sampling: one token at a time, with the keys and values of earlier tokens kept.
-"""
+"""Sampling: one token at a time, with the keys and values of earlier tokens kept."""
 import codecs
 import math
-from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
@@ -27,29 +24,20 @@ class KeyValueCache:
         return [kept[:, :, :self.length] for kept in self.kv]
 
 
-@contextmanager
-def attached(model, caches):
-    """While entered, each attention layer of the model appends to its own cache and attends to all of it."""
-    layers = [block.attn for block in model.transformer.h]
-    for layer, cache in zip(layers, caches):
-        layer.cache = cache
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cache = None
-
-
 @torch.no_grad()
 def stream(model, ids, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-    """Yield new tokens (B, 1), one after the other, that continue ids (B, T). Temperature 0 takes the likeliest token.
-    """
-    c, caches = model.config, None
+    """Yield one new token (B, 1) after the other to continue ids (B, T). Temperature 0 takes the likeliest token."""
+    c, layers, caches = model.config, [block.attn for block in model.transformer.h], None
     for _ in range(max_new_tokens):
         if caches is None or caches[0].length == c.block_size:  # a full window moves, and with it every position
-            caches, new = [KeyValueCache(c.block_size) for _ in model.transformer.h], ids[:, -c.block_size:]
-        with attached(model, caches):
+            caches, new = [KeyValueCache(c.block_size) for _ in layers], ids[:, -c.block_size:]
+        for layer, cache in zip(layers, caches):
+            layer.cache = cache
+        try:
             logits = model.unembed(model.features(new)[:, -1]).float()  # (B, V)
+        finally:  # the caller may use the model between two tokens
+            for layer in layers:
+                layer.cache = None
         logits[:, c.real_vocab_size or c.vocab_size:] = -math.inf
         if top_k:
             smallest = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]

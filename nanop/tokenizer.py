@@ -5,7 +5,7 @@ Each has encode(text) -> array of ids, token_bytes(id) -> UTF-8 bytes, vocab_siz
 """
 import numpy as np
 
-from nanop.errors import UserError
+from nanop.errors import UserError, explained, import_optional
 
 
 class ByteTokenizer:
@@ -49,18 +49,13 @@ class TiktokenTokenizer:
     """An encoding of tiktoken, such as GPT-2's. Text that looks like a special token is encoded as plain text."""
 
     def __init__(self, name):
-        try:
-            import tiktoken
-        except ImportError:
-            raise UserError(f"tokenizer '{name}' needs tiktoken: pip install tiktoken") from None
+        tiktoken = import_optional('tiktoken', f"tokenizer '{name}'")
         known = tiktoken.list_encoding_names()
         if name not in known:
             raise UserError(f"tokenizer='{name}' is not allowed: use one of byte, char, {', '.join(known)}")
-        try:
+        with explained(Exception, f"tokenizer '{name}' could not be downloaded",  # whatever the network library raises
+                       'go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it'):
             self.name, self.encoding = name, tiktoken.get_encoding(name)
-        except Exception as error:  # whatever the network library raises
-            raise UserError(f"tokenizer '{name}' could not be downloaded ({type(error).__name__}): go online once, or "
-                            'set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
         self.vocab_size, self.end_of_text = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanop.errors import UserError, first_line
+from nanop.errors import UserError, explained, import_optional
 from nanop.files import write_atomically, write_durably
 from nanop.tokenizer import get_tokenizer
 
@@ -80,10 +80,7 @@ def tokenized(documents, tokenizer, workers):
 
 
 def write_tokens(documents, tokenizer, paths, workers, title, total_chars=None, leave=True):
-    """Write the ids of (split, text, ends_document) triples to paths[split]. Returns the sha256 of the text.
-
-    title, total_chars and leave (whether it stays on the screen) are for the progress bar.
-    """
+    """Write the ids of (split, text, ends_document) triples to paths[split], with a progress bar. Returns a sha256."""
     sha256 = hashlib.sha256()
 
     def hashed():
@@ -141,11 +138,11 @@ def finish_dataset(folder, paths, tokenizer, source, sha256):
         if not count:
             raise UserError(f'no text for {split}.bin in {source}: use more text or another split')
     counts = {split: count_bytes(path, tokenizer) for split, path in paths.items()}
+    padded = real if real <= 1024 else -(-real // 64) * 64  # matrix products are faster at a multiple of 64
     meta = dict(
-        tokenizer=tokenizer.name, dtype=dtype.name,
-        vocab_size=real if real <= 1024 else -(-real // 64) * 64,  # large ones are padded: matrix products are faster
-        real_vocab_size=real, train_tokens=tokens['train'], val_tokens=tokens['val'], train_bytes=counts['train'],
-        val_bytes=counts['val'], bytes_per_token=counts['val'] / tokens['val'], source=source, source_sha256=sha256)
+        tokenizer=tokenizer.name, dtype=dtype.name, vocab_size=padded, real_vocab_size=real,
+        train_tokens=tokens['train'], val_tokens=tokens['val'], train_bytes=counts['train'], val_bytes=counts['val'],
+        bytes_per_token=counts['val'] / tokens['val'], source=source, source_sha256=sha256)
     if tokenizer.name == 'char':
         meta['chars'] = tokenizer.chars
     meta_path = Path(folder) / 'meta.json'
@@ -167,8 +164,7 @@ def finish_dataset(folder, paths, tokenizer, source, sha256):
 def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_chars=None, workers=None):
     """Make `folder` a dataset of (split, text, ends_document) triples and return its meta.
 
-    If the program stops or fails, the folder holds a whole dataset or none. val_frac > 0 moves that fraction, the last
-    tokens, from train to val. total_chars is for the progress bar.
+    If this stops or fails, the folder holds a whole dataset or none. val_frac moves that part, the last tokens, to val.
     """
     with temporary_files(folder) as paths:
         sha256 = write_tokens(documents, tokenizer, paths, workers or os.cpu_count(), 'tokenizing', total_chars)
@@ -181,30 +177,20 @@ def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_char
 # Large datasets as parquet files, local or on the Hugging Face hub
 def list_parquet(repo, revision, pattern):
     """Addresses of a hub dataset's parquet files at a pinned revision, sorted."""
-    try:
-        from huggingface_hub import HfFileSystem
-    except ImportError:
-        raise UserError('this needs the Hugging Face libraries: pip install datasets') from None
-    try:
-        return ['hf://' + path for path in sorted(HfFileSystem().glob(f'datasets/{repo}@{revision}/{pattern}'))]
-    except Exception as error:  # whatever the network library raises
-        raise UserError(f'{repo} cannot be listed ({type(error).__name__}): go online, or use local files with '
-                        "--input='FOLDER/*.parquet'") from None
+    hub = import_optional('huggingface_hub', 'the download', 'datasets').HfFileSystem()
+    with explained(Exception, f'{repo} cannot be listed',  # whatever the network library raises
+                   "go online, or use local files with --input='FOLDER/*.parquet'"):
+        return ['hf://' + path for path in sorted(hub.glob(f'datasets/{repo}@{revision}/{pattern}'))]
 
 
 def parquet_documents(file, val_every):
     """Yield (split, text, True) for the rows of a parquet file; one row in `val_every` is for validation."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError('this needs the Hugging Face library datasets: pip install datasets') from None
-    try:
-        rows = load_dataset('parquet', data_files=[file], split='train', streaming=True, columns=['text'])
+    datasets = import_optional('datasets', 'a parquet file')
+    with explained(Exception, f"'{file}' cannot be read",  # whatever the network library or a damaged file raises
+                   'run the command again, finished shards are kept'):
+        rows = datasets.load_dataset('parquet', data_files=[file], split='train', streaming=True, columns=['text'])
         for i, row in enumerate(rows):
             yield 'train' if i % val_every else 'val', row['text'] or '', True
-    except Exception as error:  # whatever the network library or a damaged file raises
-        raise UserError(f"'{file}' cannot be read ({type(error).__name__}: {first_line(error)}): run the command "
-                        'again, finished shards are kept') from None
 
 
 def write_shard(name, file, tokenizer, workers, val_every):
@@ -256,7 +242,6 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
 
 # -----------------------------------------------------------------------------
 # Tiny Shakespeare
-
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
@@ -268,10 +253,8 @@ def write_shakespeare(folder, make_tokenizer, argv=None):
     parser.add_argument('--out', default=folder, help='folder to write (default: the folder of this script)')
     args = parser.parse_args(argv)
     source = args.input or SHAKESPEARE_URL
-    try:
+    with explained(OSError, f'{source} cannot be read', 'check it, or use a local copy with --input=FILE'):
         raw = Path(args.input).read_bytes() if args.input else urllib.request.urlopen(source, timeout=60).read()
-    except OSError as error:
-        raise UserError(f'{source} cannot be read ({error}): check it, or use a local copy with --input=FILE') from None
     if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(f'{source} is not tiny Shakespeare ({len(raw):,} bytes, wrong sha256): use the original text '
                         'with --input=FILE, or prepare other texts with data/text/prepare.py')

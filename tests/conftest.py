@@ -10,7 +10,7 @@ from train import TrainConfig
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A learnable byte dataset: three words in random order."""
+    """A byte dataset that a model can learn: three words in random order."""
     words = np.random.default_rng(0).choice(['abc ', 'de ', 'fghij '], 12_000)
     folder = tmp_path_factory.mktemp('data')
     write_dataset(folder, [('train', ''.join(words[:10_000]), True), ('val', ''.join(words[10_000:]), True)],
@@ -28,7 +28,7 @@ def gpt2_tokenizer():
 
 @pytest.fixture
 def tiny(tmp_path, data_dir):
-    """A run of 8 steps in milliseconds, that writes every row."""
+    """A run of 8 steps that takes milliseconds and logs every step."""
     return TrainConfig(
         out_dir=str(tmp_path / 'out'), dataset=data_dir, block_size=16, batch_tokens=128, batch_size=4, max_iters=8,
         n_layer=2, n_embd=32, head_dim=16, base_n_layer=1, base_n_embd=16, base_head_dim=16, learning_rate=1e-2,

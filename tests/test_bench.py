@@ -1,4 +1,4 @@
-"""Tests of bench.py: the plan against figures by hand, against what autograd keeps, and against a run; benchmarks."""
+"""Tests of bench.py: the plan against figures by hand, against what autograd saves and against a run; benchmarks."""
 import platform
 import re
 import shutil
@@ -43,7 +43,7 @@ def test_the_deep_model_of_the_paper_on_64_gpus(capsys):
     assert rows['activations'] == pytest.approx(8 * 2048 * (179 * 36 * 832 + 6 * 832 + 10 * 50304))
     assert rows['activations, --recompute=True'] == pytest.approx(
         8 * 2048 * (179 * 4 * 832 + 36 * 832 + 6 * 832 + 10 * 50304))
-    # weights twice in bf16 and gradients once in float32, all but what a GPU has itself; the root's weights once
+    # sent: the blocks' weights twice in bf16, the root's weights and all gradients once in float32; 1/64 stays on a GPU
     sent = (2 * 2 * P_block + 4 * (P - P_block) + 4 * P) * 63 / 64
     assert traffic(model, config, settings, 2) == pytest.approx(sent)
 
@@ -63,7 +63,7 @@ def test_memory_and_traffic_by_kind_of_parallelism():
     assert hsdp['weights'] == 8 * fsdp['weights']  # sharded over the 8 GPUs of a host
     one_host, sent_fsdp, _ = of('fsdp', 8)
     assert hsdp['weights'] == one_host['weights']
-    assert sent_hsdp / 8 == pytest.approx(sent_fsdp / 64 + 8 * P / 8 * 7 / 8)  # per micro-batch, and between hosts
+    assert sent_hsdp / 8 == pytest.approx(sent_fsdp / 64 + 8 * P / 8 * 7 / 8)  # per micro-batch: fsdp + between hosts
     sparse, _, _ = of('fsdp', 64, density=0.5, parameterization='completep_supar')
     assert sparse['weights'] == pytest.approx(fsdp['weights'] + 179 * 12 * 832**2 / 64, rel=1e-3)
 
@@ -90,7 +90,7 @@ def test_activations_are_what_autograd_keeps(dtype, recompute, n_layer, n_embd, 
     product_bytes = 4 if dtype == torch.float32 else 2
     planned = activation_bytes(model, idx.numel(), product_bytes, recompute, cpu_bf16=product_bytes == 2)
     end_bytes = idx.numel() * (n_embd * (4 + product_bytes) + vocab_size * (8 if product_bytes == 4 else 2))
-    # the logits live until the loss is computed, and then their gradient does, in bf16 in their place
+    # the logits are kept until the loss is computed; then their gradient is, in bf16 in the same memory
     found = sum(nbytes for _, nbytes in kept.values()) + product_bytes * vocab_size * idx.numel()
     if recompute:  # plus the block whose forward runs again
         found += (activation_bytes(model, idx.numel(), product_bytes, False, product_bytes == 2) - end_bytes) / n_layer
@@ -99,7 +99,7 @@ def test_activations_are_what_autograd_keeps(dtype, recompute, n_layer, n_embd, 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="measure_memory() sets glibc's allocator")
 def test_the_plan_holds_for_a_run(data_dir, capsys, monkeypatch):
-    monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '')  # measure_memory() sets it; afterwards it is unset again
+    monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '')  # measure_memory() sets it; this restores it afterwards
     config = TrainConfig(dataset=data_dir, n_layer=4, n_embd=512, batch_size=4, batch_tokens=2048, dtype='float32',
                          device='cpu')
     planned, measured = measure_memory(config, BenchConfig())
@@ -186,7 +186,7 @@ class GPT(nn.Module):
 
 TINY = dict(n_layer=2, n_embd=32, head_dim=16, base_n_embd=32, base_head_dim=16, block_size=16, batch_tokens=64,
             device='cpu', dtype='float32', compile=False)
-OTHERS = 24 * 32 * 32 + 28 * 32 + 16 * 32 + 256 * 32  # the number of our parameters without the embedding's
+OTHERS = 24 * 32 * 32 + 28 * 32 + 16 * 32 + 256 * 32  # parameters of our model without the embedding
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
 
 def test_a_peer_that_cannot_be_compared_is_a_line(data_dir, peer, monkeypatch):
     monkeypatch.setattr('bench.why_not_compile', lambda device: 'not in this test')
-    monkeypatch.setattr('bench.contestants_of', lambda *args: list(contestants_of(*args))[-1:])  # the peer alone
+    monkeypatch.setattr('bench.contestants_of', lambda *args: list(contestants_of(*args))[-1:])  # only the peer
     for changes, message in ((dict(head_dim=32), 'peer, float32 ended.*AssertionError'),
                              (dict(tie_weights=True), 'has 42,368 parameters here, nanoP 34,176'),
                              (dict(batch_tokens=72), 'batch_tokens=72 is not a multiple of block_size=16'),
@@ -279,7 +279,7 @@ def test_figures_of_two_kinds_do_not_share_a_file(tmp_path):
 
 
 def test_the_peak_of_a_command_is_its_own():
-    kept = torch.ones(10**8)  # 400 MB here
+    kept = torch.ones(10**8)  # 400 MB in this process
     _, peak = timed([sys.executable, '-c', 'pass'])
     assert 3e6 < peak < 1e8 and len(kept)
     with pytest.raises(UserError, match='failed: no luck'):
@@ -302,7 +302,7 @@ def test_preparation_beside_a_loop(gpt2_tokenizer):
 
 
 def test_the_commands_of_a_sweep_benchmark(data_dir, monkeypatch):
-    """The same runs by train.py, sweep.py and a stack, without starting them."""
+    """train.py, sweep.py and a stack get the same runs. No command is started."""
     config, commands = TrainConfig(dataset=data_dir, max_iters=2, **TINY), []
 
     def record(command, allowed=(0,)):

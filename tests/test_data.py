@@ -67,7 +67,7 @@ def pyarrow():
 @pytest.fixture
 def shakespeare_file():
     if not SHAKESPEARE.exists():
-        pytest.skip(f'needs the text at {SHAKESPEARE.relative_to(ROOT.parent)} beside the repository')
+        pytest.skip(f'needs the text at {SHAKESPEARE.relative_to(ROOT.parent)} next to the repository')
     return SHAKESPEARE
 
 
@@ -103,7 +103,7 @@ def test_unknown_tokenizer():
 
 def test_gpt2_tokens(gpt2_tokenizer):
     tokens = gpt2_tokenizer.encode('Hello world<|endoftext|>').tolist()
-    assert tokens[:2] == [15496, 995] and 50256 not in tokens  # special tokens in a text are plain text
+    assert tokens[:2] == [15496, 995] and 50256 not in tokens  # special tokens in a text are encoded as plain text
     assert prompt_ids(gpt2_tokenizer) == [50256]
     assert prompt_ids(ByteTokenizer()) == [10] and prompt_ids(CharTokenizer('abc')) == [0]
 
@@ -162,7 +162,7 @@ def test_stdlib(tmp_path):
         assert 'test' not in path.parts and 'site-packages' not in path.parts and '_sysconfigdata' not in path.name
     val = b''.join(path.read_bytes() for path in files[19::20])
     assert ids(tmp_path, 'val').astype(np.uint8).tobytes() == val
-    assert prepare['prepare'](tmp_path) == meta  # again, over the first
+    assert prepare['prepare'](tmp_path) == meta  # again, over the first one
 
 
 def test_text_of_every_kind(tmp_path, pyarrow):
@@ -353,7 +353,7 @@ def test_no_network_is_one_line(tmp_path):
 
 
 def failing_after(calls, function, error):
-    """`function`, which raises `error` after this many calls."""
+    """Wrap `function` so that it raises `error` after this many calls."""
     left = iter(range(calls))
 
     def wrapped(*args):
@@ -364,7 +364,7 @@ def failing_after(calls, function, error):
 
 
 def test_a_stopped_preparation_leaves_no_half_dataset(tmp_path, monkeypatch):
-    """Stopped before each rename: the folder then holds a whole dataset, the old or the new one, or none."""
+    """After a stop before any rename, the folder holds no dataset or a whole one, old or new."""
     found = []
     for renames in range(4):
         small(tmp_path, train=b'old', val=b'old')
@@ -384,7 +384,7 @@ def test_a_stopped_preparation_leaves_no_half_dataset(tmp_path, monkeypatch):
 def test_a_full_disk_does_not_cost_the_old_dataset(tmp_path, monkeypatch):
     small(tmp_path, train=b'old', val=b'old')
     full = OSError(errno.ENOSPC, 'No space left on device')
-    for written in range(3):  # of meta.json and the two files of ids
+    for written in range(3):  # complete files before the disk is full
         with monkeypatch.context() as patch, pytest.raises((OSError, UserError), match='No space left'):
             patch.setattr(os, 'fsync', failing_after(written, os.fsync, full))
             small(tmp_path, train=b'newer', val=b'newer')
@@ -445,7 +445,7 @@ def test_batches(tmp_path):
     assert not np.array_equal(starts, data.train_starts(2, 2, 64, 16))
     assert 0 <= starts.min() and starts.max() <= 1024 - 17
     reached = {start for step in range(300) for start in data.train_starts(0, step, 64, 1000).tolist()}
-    assert reached == set(range(1024 - 1000))  # also the first and the last position
+    assert reached == set(range(1024 - 1000))  # including the first and the last position
     inputs, targets = data.batch('train', starts, 16, torch.device('cpu'))
     assert inputs.shape == targets.shape == (64, 16) and inputs.dtype == torch.int64
     assert torch.equal(targets, (inputs + 1) % 128)

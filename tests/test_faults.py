@@ -1,4 +1,4 @@
-"""Tests of what can go wrong while a run runs: signals, a second process, full disks, data that shrinks, kills."""
+"""Tests of faults during a run: signals, a second process, full disks, data that shrinks, kills."""
 import json
 import math
 import os
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(config, **options):
-    """train.py as a process of its own."""
+    """Start train.py in a subprocess. Returns the process."""
     return subprocess.Popen([sys.executable, ROOT / 'train.py', *(f'--{key}={value}' for key, value in
                              asdict(config).items() if value != '')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **options)
@@ -35,7 +35,7 @@ def start(config, **options):
 def wait_for_step(config, step):
     end = time.monotonic() + 120
     while not any(int(row['step']) >= step for row in run_log.read_metrics(config.out_dir)):
-        assert time.monotonic() < end, 'the run did not get there'
+        assert time.monotonic() < end, f'the run did not reach step {step} in time'
         time.sleep(0.01)
 
 
@@ -44,7 +44,7 @@ def wait_for_step(config, step):
 
 
 class At:
-    """As StopSignals, with a signal that comes while step `step` is taken."""
+    """A stand-in for StopSignals that receives a signal during step `step`."""
 
     def __init__(self, config, step, number=signal.SIGTERM):
         self.config, self.step, self.number = config, step, number
@@ -57,7 +57,7 @@ class At:
 
 @pytest.mark.parametrize('step', [3, 5])
 def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(tiny, tmp_path, capsys, step):
-    """Between two evaluations, and where one is due."""
+    """The run stops where an evaluation is due (step 3) and between two evaluations (step 5)."""
     undisturbed = replace(tiny, out_dir=str(tmp_path / 'undisturbed'))
     train(undisturbed)
     summary = train(tiny, At(tiny, step))
@@ -93,17 +93,17 @@ def test_signals_finish_the_step_save_and_exit_with_their_code(tiny, number, cod
 
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     ended = []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
     monkeypatch.setattr(os, '_exit', ended.append)
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # the same one again, as torchrun passes it on
+        os.kill(os.getpid(), signal.SIGTERM)  # a repeat, as when torchrun forwards the signal
         assert stop.received == signal.SIGTERM and not ended
         monkeypatch.setattr(run_log, 'SAME_S', 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGTERM and ended == [130]
     assert capsys.readouterr().out.count('SIGTERM: finishing the step') == 1
-    with pytest.raises(KeyboardInterrupt):  # as before
+    with pytest.raises(KeyboardInterrupt):  # the earlier handler is back
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
@@ -143,7 +143,7 @@ def test_an_out_dir_that_cannot_be_written(tiny, tmp_path):
 
 
 def full_disk(limit_bytes):
-    """For preexec_fn: no file may grow beyond the limit."""
+    """A preexec_fn that lets no file grow beyond the limit."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
 
@@ -162,7 +162,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(tiny):
 
 
 def test_a_checkpoint_that_fails_behind_its_back_ends_the_run_at_once(tiny, monkeypatch):
-    """Not at the next checkpoint, which may be hours away."""
+    """The run does not wait for the next checkpoint, which may be hours away."""
     def no_space(self, metadata, results):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(checkpoint.Writer, 'finish', no_space)
@@ -218,7 +218,7 @@ def test_an_error_is_not_hidden_by_a_checkpoint_that_failed_too(tiny, monkeypatc
 
 
 def test_metrics_that_cannot_be_written(tiny, monkeypatch):
-    log = run_log.Metrics  # its file is line by line, so that a full disk shows at the row
+    log = run_log.Metrics  # it flushes every row, so a full disk raises at the row
 
     def write(self, row):
         self.file.close()
@@ -236,7 +236,7 @@ def test_metrics_that_cannot_be_written(tiny, monkeypatch):
 
 
 def test_data_that_shrinks_or_vanishes_during_the_run(tiny, monkeypatch, tmp_path):
-    """A memory map would end the process with SIGBUS, without a word."""
+    """With a memory map, SIGBUS would end the process without a message."""
     folder = tmp_path / 'data'
     dataset_folder = Path(tiny.dataset)
     folder.mkdir()
@@ -252,7 +252,7 @@ def test_data_that_shrinks_or_vanishes_during_the_run(tiny, monkeypatch, tmp_pat
 
     def damage():
         (folder / 'train.bin').unlink()
-    assert train(config)['steps'] == 8  # an open file stays until it is closed
+    assert train(config)['steps'] == 8  # the content of an open file stays until it is closed
 
     (folder / 'train.bin').write_bytes((dataset_folder / 'train.bin').read_bytes())
 
@@ -279,9 +279,9 @@ def test_a_file_that_fails_to_read(tiny):
 
 
 def test_steps_with_a_large_gradient_are_skipped_when_asked(tiny, capsys):
-    """Off by default; what is skipped changes nothing, and the run goes on."""
+    """Skipping is off by default. A skipped step changes nothing, and the run continues."""
     norms = [float(row['grad_norm']) for row in rows_with_norm(tiny)]
-    limit = sorted(norms)[-2] * 1.0001  # of the first run: its largest is above
+    limit = sorted(norms)[-2] * 1.0001  # only the largest norm of the first run is above
     skipping = replace(tiny, overwrite=True, skip_grad_norm=limit)
     summary = train(skipping)
     worst = norms.index(max(norms))
@@ -291,7 +291,7 @@ def test_steps_with_a_large_gradient_are_skipped_when_asked(tiny, capsys):
     summary = train(replace(skipping, skip_grad_norm=1e-9))
     assert summary['skipped_steps'] == 8
     losses = {row['val_loss'] for row in run_log.read_metrics(tiny.out_dir) if row['val_loss']}
-    assert len(losses) == 1  # no step, no change
+    assert len(losses) == 1  # all steps were skipped, so the weights never changed
     assert train(replace(tiny, overwrite=True))['skipped_steps'] == 0
 
 
@@ -316,11 +316,11 @@ def test_three_kills_change_nothing(tmp_path, capsys):
     assert stress_faults.stress(config) == []
     out = capsys.readouterr().out
     assert '3 kills (' in out and '180 steps' in out
-    assert re.search(r'[1-3] while writing', out)  # the last one waits for a write, the others may meet one
+    assert re.search(r'[1-3] while writing', out)  # the third kill waits for a write; the others may hit one
 
 
 def test_the_comparison_sees_what_a_bad_resume_would_do(tiny, tmp_path):
-    """A bit of a weight, a row twice, a row less, a different step."""
+    """The comparison reports duplicate rows, a missing row, and the rows, weights and moments of another seed."""
     train(tiny)
     other = replace(tiny, out_dir=str(tmp_path / 'other'))
     train(other)

@@ -185,7 +185,7 @@ def test_any_value_in_meta_json(good_run, tmp_path, change):
 @MANY
 @given(which=st.integers(0, 2), change=damage())
 def test_any_damage_to_a_checkpoint_is_seen(good_run, tmp_path, which, change):
-    """Training and sampling then use the checkpoint before it and do not change that one."""
+    """Training and sampling then use the checkpoint before it and do not change it."""
     out_dir = fresh_copy(good_run[1], tmp_path / 'run')
     newest, before = checkpoint.find(out_dir)
     good = contents(before)
@@ -198,4 +198,4 @@ def test_any_damage_to_a_checkpoint_is_seen(good_run, tmp_path, which, change):
         train(read_config([f'--out_dir={out_dir}', '--init_from=resume']))
         assert checkpoint.newest(out_dir)[1]['step'] == 4
         return
-    pytest.fail('a good checkpoint was there')
+    pytest.fail('refused, although one checkpoint is undamaged')

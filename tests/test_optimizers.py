@@ -1,4 +1,4 @@
-"""Tests of the optimizers: rules against numbers typed by hand, steps against torch's and against arithmetic."""
+"""Tests of the optimizers: rules against numbers typed by hand, steps against PyTorch's and against arithmetic."""
 import math
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def test_golden_learning_rates(name, alpha, lr):
     expected = {role: hidden for role in HIDDEN} | {role: vectors for role in VECTORS} | dict(
         embedding=ends, final_norm=ends, unembedding=unembedding)
     assert {role: group['lr'] for role, group in groups.items()} == pytest.approx(expected)
-    for role, group in groups.items():  # a step's decay moves with nothing but alpha, and is AdamW's
+    for role, group in groups.items():  # lr * weight_decay depends on alpha alone, as for AdamW
         decay = {'embedding': 1, 'unembedding': 1, 'hidden_weight': 8 ** (alpha - 1), 'residual_proj': 8 ** (alpha - 1)}
         assert group['lr'] * group['weight_decay'] == pytest.approx(0.001 * decay.get(role, 0)), role
         assert group['lr_scale'] == pytest.approx(group['lr'] / 0.01)
@@ -50,9 +50,9 @@ def test_sgd_over_density_and_form():
 
 def test_eps_of_muon_is_for_the_whole_matrix():
     groups = groups_of(BIG, 'muon')
-    assert groups['hidden_weight']['eps'] == pytest.approx(1e-8 / 8)  # arXiv:2512.05620: 1/L, whatever the width
+    assert groups['hidden_weight']['eps'] == pytest.approx(1e-8 / 8)  # arXiv:2512.05620: 1/L at any width
     assert groups['embedding']['eps'] == pytest.approx(1e-8 / 4)
-    for shape, size in (((64, 16), 2.0), ((16, 64), 0.5)):  # and sqrt(d_in / d_out)
+    for shape, size in (((64, 16), 2.0), ((16, 64), 0.5)):  # times sqrt(d_in / d_out) of the matrix
         p = torch.nn.Parameter(torch.zeros(shape))
         p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         Muon([dict(params=[p], rows=[[shape[0]]], lr=1.0, weight_decay=0.0, eps=100.0)], betas=(0.0, 0.95)).step()
@@ -77,7 +77,7 @@ def test_a_role_without_a_rule_is_an_error(monkeypatch):
     for name in OPTIMIZERS:
         with pytest.raises(ValueError, match=f"role 'block_norm' has no rule for optimizer='{name}'"):
             make().configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu', name)
-    for missing in ('lr', 'weight_decay', 'eps'):  # one is as bad as all
+    for missing in ('lr', 'weight_decay', 'eps'):  # one missing factor is an error, too
         incomplete = rules['final_norm']._replace(**{missing: None})
         monkeypatch.setattr(GPTConfig, 'rules', rules | dict(final_norm=incomplete))
         with pytest.raises(ValueError, match="role 'final_norm' has no rule for optimizer='sgd'"):
@@ -96,7 +96,7 @@ def test_orthogonalized_matrices(shape):
     assert not orthogonalized(0 * x, 1e-7).any()
 
 
-@pytest.mark.parametrize('shape', [(32, 32), (64, 16)])  # where its factor is sqrt(d_out / d_in), too
+@pytest.mark.parametrize('shape', [(32, 32), (64, 16)])  # where PyTorch's factor is sqrt(d_out / d_in), too
 def test_steps_are_those_of_torchs_muon(shape):
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
@@ -108,12 +108,12 @@ def test_steps_are_those_of_torchs_muon(shape):
         theirs.grad = ours.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # bf16 products, in another order
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # the bf16 products are in another order
     assert (ours - 1).abs().max() > 0.05
 
 
 def test_stacked_matrices_are_orthogonalized_one_by_one():
-    """Query, key and value, with fewer heads of the latter; the two halves of SwiGLU; a projection downwards."""
+    """Query, key and value (with fewer key and value heads), the two halves of SwiGLU, and the projections."""
     model = make(n_kv_head=1, activation='swiglu', bias=False, norm_gain=False)
     optimizer = model.configure_optimizers(0.0, 0.01, (0.0, 0.95), 1e-8, 'cpu', 'muon')
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -123,9 +123,9 @@ def test_stacked_matrices_are_orthogonalized_one_by_one():
         name = f'transformer.h.0.{name}.weight'
         for moved in (model.get_parameter(name).detach() - before[name]).split(rows):
             values = torch.linalg.svdvals(moved) / 0.01 / math.sqrt(moved.size(0) / moved.size(1))
-            assert 0.6 < values[:8].min() and values.max() < 1.3, name  # of the batch's rank at least
+            assert 0.6 < values[:8].min() and values.max() < 1.3, name  # the gradient has at least rank 8
     moved = (model.lm_head.weight.detach() - before['lm_head.weight']).abs()
-    assert moved.max() == pytest.approx(0.01, rel=1e-3)  # AdamW's
+    assert moved.max() == pytest.approx(0.01, rel=1e-3)  # AdamW's first step
 
 
 # -----------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_zero_is_a_beta_and_a_learning_rate():
 def test_a_run_says_what_it_derived(tiny, capsys):
     tokens = dict(base_batch_tokens=tiny.batch_tokens // 4, train_tokens=2 * tiny.batch_tokens)
     train(replace(tiny, weight_decay=0.1, **tokens))
-    # batch 4, duration as it is: by hand from Table 1 of arXiv:2512.22382
+    # m_B = 4, m_D = 1: by hand from Table 1 of arXiv:2512.22382
     values = 'learning_rate 0.02, weight_decay 0.2, eps 5e-09, beta1 0.6, beta2 0.8\n'
     assert f'batch and duration differ from the base: {values}' in capsys.readouterr().out
     train(replace(tiny, max_iters=2, out_dir=''))

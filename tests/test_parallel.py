@@ -1,6 +1,7 @@
-"""Tests of several processes: the curve of one, the same rules and values, other numbers of them, deaths."""
+"""Tests of training on several processes: the same curve, rules and values, other world sizes, killed ranks."""
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def tiny(tmp_path, data_dir):
-    """Two micro-batches on each of two processes, clipped gradients, 33 sequences to validate on: one has fewer."""
+    """Two micro-batches on each of two ranks, clipped gradients, 33 validation sequences: one rank has fewer."""
     return TrainConfig(
         out_dir=str(tmp_path / 'out'), dataset=data_dir, block_size=16, batch_tokens=128, batch_size=2, max_iters=20,
         n_layer=2, n_embd=32, head_dim=16, base_n_layer=1, base_n_embd=16, base_head_dim=16, learning_rate=1e-2,
@@ -41,7 +42,7 @@ def tiny(tmp_path, data_dir):
 
 
 def launch(config, processes, *torchrun, **env):
-    """torchrun with train.py, as a process."""
+    """Start train.py under torchrun. Returns the process of torchrun."""
     return subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
          *(torchrun or ['--standalone']), ROOT / 'train.py',
@@ -50,7 +51,7 @@ def launch(config, processes, *torchrun, **env):
 
 
 def finish(process, code=0, timeout_s=300):
-    """What the processes printed, when they have ended."""
+    """Wait until a process exits with `code`. Returns its output."""
     out, err = process.communicate(timeout=timeout_s)
     assert process.returncode == code, out[-3000:] + err[-3000:]
     return out + err
@@ -61,7 +62,7 @@ def tensors_of(out_dir):
 
 
 def assert_same_curve(a, b, rounding=1):
-    """Rows and weights of two runs, up to the order in which floats are added, `rounding` times what is usual."""
+    """Compare rows and weights of two runs up to rounding errors; `rounding` multiplies the usual tolerance."""
     rows, others = run_log.read_metrics(a), run_log.read_metrics(b)
     assert [row['step'] for row in rows] == [row['step'] for row in others]
     for row, other in zip(rows, others):
@@ -88,18 +89,18 @@ def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
     two = replace(tiny, **changes, out_dir=str(tmp_path / 'two'), parallel=kind)
     out = finish(launch(two, 2))
     assert f'8 sequences of 16 = 2 process(es) x 2 micro-batch(es) x 2; 2,560 tokens on cpu, float32, {kind}' in out
-    assert out.count('hidden_weight') == 1  # one process speaks
+    assert out.count('hidden_weight') == 1  # only rank 0 prints
     norms = [float(row['grad_norm']) for row in run_log.read_metrics(one.out_dir) if row['grad_norm']]
-    assert min(norms) > 0.1  # all are clipped
-    assert_same_curve(one.out_dir, two.out_dir, rounding=200 if one.optimizer == 'muon' else 1)  # in bf16
+    assert min(norms) > 0.1  # every gradient is clipped
+    assert_same_curve(one.out_dir, two.out_dir, rounding=200 if one.optimizer == 'muon' else 1)  # Muon uses bf16
     shards = sorted(checkpoint.find(two.out_dir)[0].glob('*.safetensors'))
     assert len(shards) == 2
-    if kind == 'fsdp' and changes.get('density'):  # each holds half of a weight, its mask and its moments
+    if kind == 'fsdp' and changes.get('density'):  # each file holds half of a weight, its mask and its moments
         for shard in shards:
             with safe_open(shard, 'pt') as file:
                 for name in ('model.{}.weight', 'model.{}.mask', 'optimizer.{}.weight.exp_avg'):
                     assert file.get_slice(name.format('transformer.h.1.mlp.c_fc')).get_shape() == [64, 32]
-    with safe_open(Path(two.out_dir, 'model.safetensors'), 'pt') as file:  # one file, whole
+    with safe_open(Path(two.out_dir, 'model.safetensors'), 'pt') as file:  # one file holds the whole weights
         assert file.get_slice('transformer.h.1.mlp.c_fc.weight').get_shape() == [128, 32]
         assert json.loads(file.metadata()['model_config'])['n_layer'] == 2
 
@@ -111,7 +112,7 @@ def free_port():
 
 
 def test_two_hosts_shard_within_and_copy_between(tiny, tmp_path):
-    """hsdp on two torchruns of two processes that meet as two machines would."""
+    """hsdp on two torchruns of two processes each, which join as two machines would."""
     one = replace(tiny, batch_size=1, **SUPAR)
     train(one)
     two = replace(one, out_dir=str(tmp_path / 'two'), parallel='hsdp')
@@ -124,7 +125,7 @@ def test_two_hosts_shard_within_and_copy_between(tiny, tmp_path):
     for shard in checkpoint.find(two.out_dir)[0].glob('*.safetensors'):
         with safe_open(shard, 'pt') as file:
             shapes += [file.get_slice(name).get_shape()] if name in file.keys() else []
-    assert shapes == [[64, 32]] * 2  # halves, not quarters, and each of them once
+    assert shapes == [[64, 32]] * 2  # halves, not quarters, and each half is saved once
 
 
 @pytest.mark.parametrize('others', [[(1, 'ddp')], pytest.param([(1, 'ddp'), (4, 'fsdp')], marks=pytest.mark.slow)],
@@ -147,7 +148,7 @@ def test_a_run_on_two_goes_on_on_one_and_on_four(tiny, tmp_path, others):
 
 @pytest.fixture
 def group():
-    """A group of this process alone."""
+    """A process group of this process alone."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -170,7 +171,7 @@ def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, cha
     for name, p in whole.named_parameters():
         assert isinstance(values[name], DTensor) and torch.equal(values[name].full_tensor(), p), name
 
-    for block in sharded.transformer.h:  # one block after the other is gathered, its products' weights in bf16
+    for block in sharded.transformer.h:  # gather one block at a time; only the weights of products are in bf16
         block.attn.unshard()
         assert block.attn.c_attn.weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16
         assert block.ln_1.weight.dtype == torch.float32 and isinstance(block.ln_1.weight, DTensor)
@@ -190,7 +191,7 @@ def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, cha
 
 @pytest.mark.parametrize('recompute', [False, True])
 def test_a_sharded_model_compiles_without_a_break(group, monkeypatch, recompute):
-    """Whole blocks would break at every gathering and, recomputed, run uncompiled without a word."""
+    """Whole blocks would break the graph at every gather and, when recomputed, run uncompiled without a warning."""
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
     model = GPT(GPTConfig(block_size=16, vocab_size=63, n_layer=3, n_embd=32, head_dim=16))
     graphs = []
@@ -202,7 +203,7 @@ def test_a_sharded_model_compiles_without_a_break(group, monkeypatch, recompute)
     idx = torch.zeros(2, 16, dtype=torch.long)
     for _ in range(2):
         model(idx, idx)[1].backward()
-    assert len(graphs) >= 2  # attention and MLP; all layers may share them
+    assert len(graphs) >= 2  # attention and MLP; the layers may share them
 
 
 @pytest.mark.parametrize('recompute', [False, True])
@@ -253,8 +254,26 @@ def test_recomputation_keeps_fewer_activations():
     assert kept(True) < kept(False) / 4
 
 
+def train_on_two_forked_ranks(config):
+    """Train on two ranks without torchrun. They are forks of this process, so they need not import PyTorch again."""
+    def run_rank(rank, port):
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        with parallel.processes(config.device, config.timeout_s):
+            train(config)
+    port = free_port()
+    ranks = [multiprocessing.get_context('fork').Process(target=run_rank, args=(rank, port), daemon=True)
+             for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
 def children(process):
-    """The workers of a torchrun."""
+    """Process ids of the workers of a torchrun."""
     found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
 
@@ -267,15 +286,17 @@ def wait_for_step(config, step, process):
 
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tiny, tmp_path):
-    """From the last checkpoint, by itself, to the same end bit for bit."""
-    config = replace(tiny, max_iters=160, eval_interval=20, init_from='auto')
+    """The restarted run resumes from the last checkpoint and ends bit for bit as an undisturbed run."""
+    config = replace(tiny, max_iters=100, eval_interval=20, init_from='auto')
     undisturbed = replace(config, out_dir=str(tmp_path / 'undisturbed'))
-    finish(launch(undisturbed, 2))
+    train_on_two_forked_ranks(undisturbed)
     process = launch(config, 2, '--standalone', '--max-restarts=3')
+    wait_for_step(config, 1, process)
+    victim = children(process)[-1]
     wait_for_step(config, 30, process)
-    os.kill(children(process)[-1], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     out = finish(process)
-    assert out.count('resuming ') == 1 and out.count('hidden_weight') == 2  # two lives
+    assert out.count('resuming ') == 1 and out.count('hidden_weight') == 2  # two starts
     assert stress_faults.differences(undisturbed.out_dir, config.out_dir) == []
 
 
@@ -285,7 +306,7 @@ def join_on_threads(store, ranks, world_size, timeout_s=20):
 
 
 def test_processes_started_again_never_read_what_earlier_ones_left():
-    """torchrun keeps its store: an address in it may be that of a process killed long ago."""
+    """torchrun reuses its store across restarts: an address in it may belong to a process that was killed."""
     left = dist.HashStore()
     left.set_timeout(timedelta(seconds=20))
     for life in range(3):
@@ -299,7 +320,7 @@ def test_a_process_that_never_joins_is_an_error_of_a_known_kind():
     left = dist.HashStore()
     left.set_timeout(timedelta(seconds=0.3))
     join_on_threads(left, range(2), 2)
-    for alone in (0, 1):  # beside the call, or the answer, of an earlier life
+    for alone in (0, 1):  # the store holds the call, or the answer, of an earlier start
         with pytest.raises(dist.DistStoreError) as error:
             parallel.fresh_store(left, alone, 2, timeout_s=0.3)
         assert parallel.lost_contact(error.value)
@@ -310,7 +331,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tiny, tmp_path):
     process = launch(config, 2)
     wait_for_step(config, 3, process)
     os.kill(children(process)[0], signal.SIGTERM)
-    out = finish(process, code=1)  # torchrun's own, for workers that exit with 143
+    out = finish(process, code=1)  # torchrun exits with 1 when its workers exit with 143
     path, state = checkpoint.newest(config.out_dir)
     assert f"stopped after {state['step']} steps, saved in {path}" in out and 'exitcode  : 143' in out
 

@@ -36,7 +36,7 @@ COMPLETE, RUNNING, WAITING = (getattr(optuna.trial.TrialState, name) for name in
 
 @pytest.fixture
 def tiny(data_dir):
-    """Keys of a run of 2 layers x 32 that takes a tenth of a second."""
+    """Keys of a run with 2 layers of width 32 that takes a tenth of a second."""
     return dict(dataset=data_dir, block_size=16, batch_tokens=128, batch_size=8, max_iters=8, n_layer=2, n_embd=32,
                 head_dim=16, base_n_layer=2, base_n_embd=32, base_head_dim=16, init_std=0.1, eval_tokens=512,
                 compile=False, dtype='float32', device='cpu')
@@ -44,14 +44,14 @@ def tiny(data_dir):
 
 @pytest.fixture
 def sweep_main(tmp_path, tiny, monkeypatch, capfd):
-    """Runs sweep.py's main() in this process with one worker; returns (exit code or UserError, its output)."""
+    """A function that runs sweep.py's main() here with one worker; it returns (exit code or UserError, output)."""
     def call(*flags, out_dir=tmp_path / 'sweep', plots=False, **keys):
         texts = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
                  for key, value in {**tiny, 'workers': 1, 'out_dir': out_dir, **keys}.items()]
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'argv', ['sweep.py', *texts, *flags])
             patch.setattr(os, 'sched_getaffinity', lambda pid: {0}, raising=False)  # one thread
-            if not plots:  # they take longer than the runs
+            if not plots:  # plots take longer than the runs
                 patch.setattr(SweepReport, 'plot', lambda *args: None)
                 patch.setattr(SweepReport, 'plot_shapes', lambda *args: None)
             try:
@@ -86,8 +86,7 @@ STACKED = [dict(), dict(tie_weights=True), dict(bias=False), dict(density=0.5, p
 
 @pytest.mark.parametrize('changes', STACKED)
 def test_stacked_runs_are_single_runs(tiny, changes, steps=15):
-    """Runs in one batched model end at the losses of the same runs alone; a run that diverges does not disturb others.
-    """
+    """Stacked runs reach the losses of the same runs alone. A run that diverges does not disturb the others."""
     one = TrainConfig(**{**tiny, 'out_dir': '', 'max_iters': steps, 'n_layer': 3, 'base_n_embd': 16, 'batch_size': 4,
                          'learning_rate': 1e-2, 'base_head_dim': 8, 'eval_interval': steps, **changes})
     configs = [
@@ -106,7 +105,7 @@ def test_stacked_runs_are_single_runs(tiny, changes, steps=15):
         if alone['diverged_at'] is None:
             assert summary['last_train_loss'] == pytest.approx(alone['last_train_loss'], abs=1e-4)
     assert stacked[1]['diverged_at'] is not None and stacked[1]['val_loss'] == math.inf
-    assert len({round(summary['val_loss'], 4) for summary in stacked}) == 5  # they do differ
+    assert len({round(summary['val_loss'], 4) for summary in stacked}) == 5  # the runs differ
 
 
 @pytest.mark.slow
@@ -144,7 +143,7 @@ def test_sweep_in_stacks_equals_one_by_one(sweep_main, tmp_path):
 
 
 def test_equal_points_are_one_run(tiny):
-    """At the base shape all parameterizations are one run, and over depth sp and mup; such runs have equal losses."""
+    """Equal runs have equal losses: all parameterizations at the base shape, and sp and mup at any depth."""
     sweep = Sweep(SweepConfig(), {**tiny, 'parameterization': ['sp', 'mup', 'depth_mup', 'completep'],
                                   'n_layer': [2, 4], 'seed': [1, 2]})
     assert len(sweep.points) == 16 and len({digest(config) for config in sweep.configs}) == 2 * (1 + 3)
@@ -183,7 +182,7 @@ def test_random_points_are_log_uniform_and_the_first_ones_stay():
     assert logs.min() > -12.01 and logs.max() < -3.99
     counts = np.histogram(logs, bins=8, range=(-12, -4))[0]
     assert counts.min() > 190 and counts.max() < 315  # 250 +- 15 each
-    assert {point['batch_tokens'] for point in points} == {256 * k for k in range(1, 18)}  # what 256 and 4352 share
+    assert {point['batch_tokens'] for point in points} == {256 * k for k in range(1, 18)}  # multiples of gcd 256
     assert {point['schedule'] for point in points} == {'linear', 'cosine'}
     assert 0.45 < np.mean([point['final_lr_frac'] for point in points]) < 0.55
 
@@ -255,11 +254,11 @@ def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
     assert sweep_main(**{**keys, 'learning_rate': [0.001, 0.03], 'seed': [1, 2]}, grad_clip=0.0)[0] == 0
     assert sorted((config.seed, config.learning_rate) for config in trained) == \
         3 * [(1, 0.03)] + 3 * [(2, 0.001)] + 3 * [(2, 0.03)]
-    # what was run before is still in the report: 9 of the first runs are at points that this sweep does not name
+    # earlier runs stay in the report: 9 of the first runs are at points that this sweep does not name
     assert len(rows_in(tmp_path / 'sweep')) == 16 + 9
 
     trained.clear()
-    (tmp_path / 'sweep/study.db').unlink()  # trials.csv and sweep.json are enough to go on from
+    (tmp_path / 'sweep/study.db').unlink()  # trials.csv and sweep.json are enough to continue
     assert sweep_main(**keys, grad_clip=0.0)[0] == 0 and trained == []
 
 
@@ -270,7 +269,7 @@ def test_a_study_of_another_sweep_is_left_alone(sweep_main, tmp_path):
     for other, words in ((dict(max_iters=9), 'max_iters is 8 there and is 9 here'),
                          (dict(beta1=0.8), 'beta1 is 0.9 there and is 0.8 here'),
                          (dict(init_std=[0.1, 0.2]), 'init_std is 0.1 there and varies here'),
-                         (dict(eps=[1e-8, 1e-7]), 'eps is 1e-08 there and varies here'),  # a default is no less a fact
+                         (dict(eps=[1e-8, 1e-7]), 'eps is 1e-08 there and varies here'),  # a default value counts, too
                          (dict(search='tpe'), "search is 'points' there and is 'tpe' here")):
         error, _ = sweep_main(**{**keys, **other})
         assert isinstance(error, UserError) and words in str(error) and 'of another sweep' in str(error)
@@ -295,7 +294,7 @@ def test_a_run_that_fails_is_said_and_run_again(sweep_main, tmp_path, monkeypatc
 
 
 def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
-    """SQLite on its own hands some trials to two workers."""
+    """Without lock_before_reading, SQLite gives some trials to two workers."""
     config = SweepConfig(out_dir=str(tmp_path))
     sweep = Sweep(config, {**tiny, 'learning_rate': [0.001 * k for k in range(1, 61)]})
     enqueue(open_study(config), sweep, config.out_dir)
@@ -315,7 +314,7 @@ def test_two_workers_never_take_the_same_trial(tiny, tmp_path):
 
 
 def test_the_same_point_queued_twice_runs_once(tiny, tmp_path):
-    """As when two machines start the same sweep at the same moment."""
+    """This happens when two machines start the same sweep at the same moment."""
     config = SweepConfig(out_dir=str(tmp_path))
     sweep = Sweep(config, {**tiny, 'learning_rate': [0.001, 0.01]})
     study = open_study(config)
@@ -328,7 +327,7 @@ def test_the_same_point_queued_twice_runs_once(tiny, tmp_path):
 
 
 def test_a_worker_that_died_before_its_first_heartbeat_is_noticed(sweep_main, tiny, tmp_path):
-    """And one that died later: the trials of both are run again, once."""
+    """So is a worker that died later. The trials of both run again, once."""
     rates = [0.001, 0.01, 0.1]
     config = SweepConfig(out_dir=str(tmp_path / 'sweep'), heartbeat_s=1)
     (tmp_path / 'sweep').mkdir()
@@ -387,7 +386,7 @@ def test_a_storage_that_another_process_is_making_is_tried_again(tmp_path, monke
 
 
 def test_two_processes_share_a_sweep(tiny, tmp_path):
-    """The workers of a script are processes, which import what they run from tools/."""
+    """The workers are processes, which import their code from tools/."""
     flags = [f'--{key}={value}' for key, value in tiny.items()]
     done = subprocess.run([sys.executable, ROOT / 'sweep.py', *flags, '--learning_rate=0.001,0.01,0.1,1', '--workers=2',
                            f'--out_dir={tmp_path}/sweep'], capture_output=True, text=True,
@@ -401,7 +400,7 @@ def test_two_processes_share_a_sweep(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('pgrep'), reason='finds the worker with pgrep')
 def test_a_killed_worker_costs_nothing(tiny, tmp_path):
-    """Three workers, one killed with SIGKILL in a run: every point is finished exactly once."""
+    """One of three workers is killed with SIGKILL during a run. Every point still finishes exactly once."""
     flags = [f'--{key}={value}' for key, value in {**tiny, 'max_iters': 60, 'batch_tokens': 512}.items()]
     out_dir = tmp_path / 'sweep'
     process = subprocess.Popen(
@@ -432,7 +431,7 @@ def test_a_killed_worker_costs_nothing(tiny, tmp_path):
 
 
 def test_a_model_is_compiled_once_for_many_runs(sweep_main, monkeypatch):
-    """A graph to train and one to validate for each of 5 multipliers, more than torch keeps by default, in 18 runs."""
+    """18 runs with 5 multipliers need 2 graphs each, to train and to validate: more than torch keeps by default."""
     compile_model = torch.nn.Module.compile
     monkeypatch.setattr(Block, 'compile', lambda self, **kwargs: compile_model(self, backend='eager', **kwargs))
     monkeypatch.setattr('nanop.parallel.why_not_compile', lambda device: None)
@@ -462,7 +461,7 @@ def test_searches_run_the_trials_asked_for(sweep_main, tmp_path, search):
 def test_tune_writes_a_config_that_train_takes_larger(sweep_main, tmp_path, tiny):
     code, out = sweep_main('--tune', trials=5, eval_interval=4)
     assert code == 0 and 'best.py' in out
-    searched = [key for key in TUNED if key != 'init_std']  # of which the command line says what it is
+    searched = [key for key in TUNED if key != 'init_std']  # the command line sets init_std
     best = tmp_path / 'sweep/best.py'
     rows = rows_in(tmp_path / 'sweep')
     row = min(rows, key=lambda row: row['val_loss'])
@@ -512,7 +511,7 @@ def test_two_workers_do_not_search_too_much(tiny, tmp_path):
 
 
 def curve(at, losses_at=(0.0,), lowest=2.0, curvature=0.1, values=tuple(2.0**k for k in range(-9, -3))):
-    """{value: {seed: loss}} of parabolas in log2, one for each seed, with their lowest points at + losses_at."""
+    """{value: {seed: loss}}: for each seed a parabola in log2(value), lowest at `at` plus that seed's `losses_at`."""
     return {value: {seed: lowest + curvature * (math.log2(value) - at - shift)**2
                     for seed, shift in enumerate(losses_at)} for value in values}
 
@@ -528,12 +527,12 @@ def test_optimum_is_the_parabolas_lowest_point():
     diverging = curve(-6.4)
     diverging[2.0**-5] = {0: math.inf}
     found = optimum(diverging)
-    assert found.at == -6.0 and found.mark == '~'  # no parabola through infinity: the value that was run
+    assert found.at == -6.0 and found.mark == '~'  # no parabola fits infinity: take the best value that was run
     diverging = curve(-6.4, (0.0, 0.1))
     diverging[2.0**-5][1] = math.inf
     assert math.isnan(optimum(diverging).error)
     uneven = curve(-6.0, (0.0, 0.0))
-    for value in list(uneven)[:3]:  # the second seed is worse, and has been run at low values only
+    for value in list(uneven)[:3]:  # the second seed is worse and ran at low values only
         uneven[value][1] += 0.05
     for value in list(uneven)[3:]:
         del uneven[value][1]

@@ -1,9 +1,10 @@
-"""Tests of train.py, sample.py and the command line: exact resume, data order, faults, two processes, messages."""
+"""Tests of train.py, sample.py and the command line: training, exact resume, faults, devices, messages."""
 import csv
 import json
 import math
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def state_of(out_dir):
-    """All that the newest checkpoint holds; the optimizer's moments by name."""
+    """The content of the newest checkpoint; `model` and `optimizer` are {name: tensor}."""
     path, state = checkpoint.newest(out_dir)
     held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in held.items()}
@@ -40,7 +41,7 @@ def state_of(out_dir):
 
 @pytest.fixture
 def optimizers(monkeypatch):
-    """The optimizers that were made, in their order."""
+    """A list that collects every optimizer that is made, in order."""
     made, configure_optimizers = [], GPT.configure_optimizers
 
     def remember(*args):
@@ -74,6 +75,18 @@ def flags(config):
 def run(script, *args, **env):
     return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True,
                           env={**os.environ, **env})
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A function like run() that runs the script in this process, without another start of Python."""
+    def as_main(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        capsys.readouterr()  # drop earlier output
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        return subprocess.CompletedProcess(sys.argv, end.value.code, *capsys.readouterr())
+    return as_main
 
 
 def equal(a, b):
@@ -119,7 +132,7 @@ def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
     written = train(tiny)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny.out_dir, tmp_path / 'here')
-    monkeypatch.chdir(tmp_path / 'here')  # another run's checkpoints are none of ours
+    monkeypatch.chdir(tmp_path / 'here')  # the checkpoints of another run are ignored
     before = sorted(path.name for path in Path('.').iterdir())
     summary = train(replace(tiny, out_dir=''))
     assert sorted(path.name for path in Path('.').iterdir()) == before
@@ -136,7 +149,7 @@ def test_without_an_out_dir_nothing_is_written(tiny, tmp_path, monkeypatch):
     dict(optimizer='lion', norm='rmsnorm', qk_norm=True, activation='swiglu', unembed_form='weights'),
 ])
 def test_resume_is_bitwise(tiny, tmp_path, changes):
-    """N steps straight equal some, a stop, and the rest from the checkpoint at N/2."""
+    """An uninterrupted run of N steps equals a run that is stopped and resumed from its checkpoint at N/2."""
     skip_without_its_package(changes.get('optimizer'))
     config = replace(tiny, **changes)
     straight = train(config)
@@ -152,9 +165,9 @@ def test_resume_is_bitwise(tiny, tmp_path, changes):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(train_module, 'lr_fraction', stop_at_six)
         train(halves)
-    assert len(rows_of(halves.out_dir)) == 6  # two rows past the checkpoint, which come again
+    assert len(rows_of(halves.out_dir)) == 6  # two rows are past the checkpoint: the resumed run writes them again
     assert state_of(halves.out_dir)['step'] == 4
-    torch.manual_seed(99)  # whatever else ran in between
+    torch.manual_seed(99)  # the global generator must not matter
     resumed = train(replace(halves, init_from='resume'))
     assert resumed['val_loss'] == straight['val_loss']
     a, b = state_of(config.out_dir), state_of(halves.out_dir)
@@ -165,7 +178,7 @@ def test_resume_is_bitwise(tiny, tmp_path, changes):
 
 
 def test_evaluating_more_often_changes_nothing(tiny, tmp_path):
-    train(replace(tiny, dropout=0.2, eval_interval=0))  # only at the end
+    train(replace(tiny, dropout=0.2, eval_interval=0))  # validates only at the end
     often = replace(tiny, dropout=0.2, eval_interval=1, eval_tokens=64, out_dir=str(tmp_path / 'often'))
     train(often)
     seldom, often = rows_of(tiny.out_dir), rows_of(often.out_dir)
@@ -285,7 +298,7 @@ def test_divergence_stops_before_the_step(tiny, monkeypatch, where):
         logits, loss = forward(self, idx, targets)
         calls.append(self.training)
         if sum(calls) > 12:  # two micro-batches a step
-            loss = loss * math.inf if where == 'loss' else loss + (loss * 0).sqrt()  # the root's slope at 0 is inf
+            loss = loss * math.inf if where == 'loss' else loss + (loss * 0).sqrt()  # the slope of sqrt at 0 is inf
         return logits, loss
     monkeypatch.setattr(GPT, 'forward', bad_at_step_six)
     summary = train(tiny)
@@ -317,7 +330,7 @@ def test_divergence_exits_with_3_and_says_what_to_try(tiny):
 
 
 def damaged(path, how):
-    """Damages one file of a checkpoint; returns its name."""
+    """Damage one file of a checkpoint. Returns its name."""
     shard = next(path.glob('*.safetensors'))
     if how == 'truncated':
         os.truncate(shard, shard.stat().st_size // 2)
@@ -362,7 +375,7 @@ def test_a_half_written_checkpoint_is_none_and_is_cleaned_up(tiny):
 
 
 class Attack:
-    """A pickle of it, when loaded, makes a folder."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -371,20 +384,20 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
-def test_checkpoints_hold_no_code(tiny, tmp_path):
-    """Even one whose checksums are right: whoever plants code can do sums."""
+def test_checkpoints_hold_no_code(tiny, tmp_path, run_here):
+    """Planted code never runs, even if the checksums match: an attacker can compute them, too."""
     train(tiny)
     marker = tmp_path / 'attacked'
     pickle.loads(pickle.dumps(Attack(marker)))
-    assert marker.exists() and not marker.rmdir()  # the attack works where pickles are read
+    assert marker.exists() and not marker.rmdir()  # the control: loading the pickle runs the attack
     for path in checkpoint.find(tiny.out_dir):
         shard = next(path.glob('*.safetensors'))
         torch.save({'model': Attack(marker)}, shard)
-        (path / '.metadata').write_bytes(pickle.dumps(Attack(marker)))  # where DCP's own format keeps a pickle
+        (path / '.metadata').write_bytes(pickle.dumps(Attack(marker)))  # DCP's own format has a pickle here
         sums = {file.name: checkpoint.checksum(file) for file in path.iterdir() if file.name != 'checksums.json'}
         (path / 'checksums.json').write_text(json.dumps(sums))
-    for resumed in ('train.py', 'sample.py'):
-        result = run(resumed, f'--out_dir={tiny.out_dir}', '--init_from=resume')
+    for call, resumed in ((run, 'train.py'), (run_here, 'sample.py')):
+        result = call(resumed, f'--out_dir={tiny.out_dir}', '--init_from=resume')
         assert result.returncode == 2 and 'Traceback' not in result.stderr, result.stderr
         assert 'cannot be read' in result.stderr and not marker.exists()
 
@@ -446,7 +459,7 @@ def test_gpt2_weights_are_for_gpt2_tokens_and_their_own_shape(tiny, monkeypatch,
 
 
 def test_resume_takes_this_runs_hyperparameters_and_says_so(tiny, capsys, optimizers):
-    """Peers' checkpoints silently bring back their own weight decay and eps."""
+    """In other codebases, loading the optimizer state silently restores the old weight decay and eps."""
     train(replace(tiny, max_iters=4))
     train(replace(tiny, init_from='resume', weight_decay=0.5, eps=1e-3, max_iters=8))
     assert 'max_iters 4 -> 8' in (out := capsys.readouterr().out) and 'weight_decay 0.0 -> 0.5' in out
@@ -456,9 +469,9 @@ def test_resume_takes_this_runs_hyperparameters_and_says_so(tiny, capsys, optimi
         train(replace(tiny, init_from='resume', max_iters=6))
 
 
-def test_resume_on_the_command_line_needs_no_config(tiny):
+def test_resume_on_the_command_line_needs_no_config(tiny, run_here):
     train(replace(tiny, max_iters=4))
-    result = run('train.py', f'--out_dir={tiny.out_dir}', '--init_from=resume', '--max_iters=6')
+    result = run_here('train.py', f'--out_dir={tiny.out_dir}', '--init_from=resume', '--max_iters=6')
     assert result.returncode == 0, result.stderr
     assert 'at step 4, with max_iters 4 -> 6' in result.stdout
     assert state_of(tiny.out_dir)['step'] == 6 and len(rows_of(tiny.out_dir)) == 7
@@ -539,7 +552,7 @@ def test_the_embedded_dataset_is_prepared_when_it_is_missing(tmp_path, monkeypat
 
 
 def test_every_model_key_reaches_the_model(tiny):
-    """A flag that goes nowhere is the oldest of traps."""
+    """No key is silently ignored."""
     by_name = {field.name: field for field in fields(TrainConfig)}
     assert {field.name for field in fields(GPTConfig)} <= set(by_name)
     changed = dict(dropout=0.1, bias=False, tie_weights=True, density=0.5, mask_seed=3, parameterization='depth_mup',
@@ -572,7 +585,7 @@ def test_eager_with_a_reason_where_no_compiler_works(tiny, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError('no C++ compiler\nlong story')
     monkeypatch.setattr(torch, 'compile', broken)
-    monkeypatch.setattr(parallel, 'why_not_compile', machine.why_not_compile.__wrapped__)  # asked once a process
+    monkeypatch.setattr(parallel, 'why_not_compile', machine.why_not_compile.__wrapped__)  # without its cache
     assert train(replace(tiny, max_iters=1, compile=True))['steps'] == 1
     assert 'running without torch.compile: RuntimeError: no C++ compiler\n' in capsys.readouterr().out
 
@@ -602,7 +615,7 @@ def test_dtype_and_device_are_picked_or_refused(monkeypatch):
             machine.pick_device('cuda')
     assert machine.peak_flops(cpu, torch.bfloat16) is None
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
-    assert machine.pick_dtype('auto', torch.device('cuda')) == torch.float16  # bf16 only in emulation
+    assert machine.pick_dtype('auto', torch.device('cuda')) == torch.float16  # this GPU only emulates bf16
 
 
 def test_a_cuda_device_has_its_index(monkeypatch):
@@ -610,7 +623,7 @@ def test_a_cuda_device_has_its_index(monkeypatch):
         device = torch.device('cuda', 0)
     monkeypatch.setattr(torch, 'empty', lambda *size, device: OnTheFirst)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    assert machine.pick_device('auto') == torch.device('cuda', 0)  # set_device refuses one without
+    assert machine.pick_device('auto') == torch.device('cuda', 0)  # set_device refuses a device without an index
     with pytest.raises(UserError, match="device='cuda:1' is not for several processes"):
         monkeypatch.setenv('RANK', '0')
         parallel.join_processes('cuda:1', 60)
@@ -634,7 +647,7 @@ def test_peak_flops_by_name(monkeypatch, name, flops):
 
 @dataclass
 class Defaults:
-    """Not the real ones."""
+    """Keys for the tests of the command line."""
     learning_rate: float = 1e-3
     max_iters: int = 10
     compile: bool = True
@@ -719,7 +732,7 @@ def test_values_no_run_can_use(key, value, message):
         TrainConfig(tau_ema=0.1, weight_decay=0.2)
 
 
-def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path):
+def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path, run_here):
     file = tmp_path / 'file'
     file.write_text('')
     cases = {
@@ -730,7 +743,7 @@ def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path):
         (f'--out_dir={file}/out',): f"error: out_dir='{file}/out' cannot be written",
     }
     for args, message in cases.items():
-        result = run('train.py', *flags(tiny), *args)
+        result = (run if args == ('--vocab_size=100',) else run_here)('train.py', *flags(tiny), *args)
         assert result.returncode == 2 and message in result.stderr, result.stderr
         assert len(result.stderr.splitlines()) == 1, result.stderr
 
@@ -750,9 +763,9 @@ def test_exit_codes(capsys):
     assert ends_with(KeyboardInterrupt()) == (130, '\nstopped; resume\n')
 
 
-def test_help_is_the_manual():
-    for script in ('train.py', 'sample.py'):
-        result = run(script, '--help')
+def test_help_is_the_manual(run_here):
+    for call, script in ((run, 'train.py'), (run_here, 'sample.py')):
+        result = call(script, '--help')
         assert result.returncode == 0 and 'python ' + script in result.stdout and 'out_dir: str' in result.stdout
         assert 'raise' not in result.stdout
 
@@ -761,15 +774,15 @@ def test_help_is_the_manual():
 # Sampling
 
 
-def test_sample(tiny, tmp_path):
+def test_sample(tiny, tmp_path, run_here):
     train(replace(tiny, max_iters=60, eval_interval=60))
     (tmp_path / 'prompt.txt').write_text('abc fg')
 
-    def sample(*args):
-        result = run('sample.py', f'--out_dir={tiny.out_dir}', '--max_new_tokens=40', '--device=cpu', *args)
+    def sample(*args, call=run_here):
+        result = call('sample.py', f'--out_dir={tiny.out_dir}', '--max_new_tokens=40', '--device=cpu', *args)
         assert result.returncode == 0, result.stderr
         return result.stdout
-    text = sample('--start=abc fg')
+    text = sample('--start=abc fg', call=run)
     assert text.startswith('abc fg') and len(text) == 6 + 40 + 1 and set(text) <= set('abcdefghij \n')
     assert text == sample('--start=FILE:' + str(tmp_path / 'prompt.txt')) != sample('--start=abc fg', '--seed=1')
     assert sample('--temperature=0').strip() == sample('--temperature=0', '--seed=2').strip() != ''
@@ -778,18 +791,18 @@ def test_sample(tiny, tmp_path):
     for args, message in ((['--start=FILE:nonesuch'], 'cannot be read'), (['--out_dir=nonesuch'], 'no checkpoint'),
                           (['--temperature=-1'], 'temperature=-1.0 is not allowed'),
                           (['--init_from=gpt3'], "init_from='gpt3' is not allowed")):
-        result = run('sample.py', f'--out_dir={tiny.out_dir}', *args)
+        result = run_here('sample.py', f'--out_dir={tiny.out_dir}', *args)
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_sample_of_a_char_model_names_unknown_characters(tiny, tmp_path):
+def test_sample_of_a_char_model_names_unknown_characters(tiny, tmp_path, run_here):
     write_dataset(tmp_path / 'chars', [(split, 'abcé' * 200, True) for split in ('train', 'val')],
                   CharTokenizer.of('abcé'), 'test')
     train(replace(tiny, dataset=str(tmp_path / 'chars'), max_iters=2, sample_tokens=5))
-    result = run('sample.py', f'--out_dir={tiny.out_dir}', '--start=aé', '--max_new_tokens=10')
+    result = run_here('sample.py', f'--out_dir={tiny.out_dir}', '--start=aé', '--max_new_tokens=10')
     assert result.returncode == 0 and set(result.stdout.strip()) <= set('abcé')  # the tokenizer is in the checkpoint
     shutil.rmtree(tmp_path / 'chars')
-    assert run('sample.py', f'--out_dir={tiny.out_dir}', '--start=a').returncode == 0
+    assert run_here('sample.py', f'--out_dir={tiny.out_dir}', '--start=a').returncode == 0
     result = run('sample.py', f'--out_dir={tiny.out_dir}', '--start=xyz')
     assert result.returncode == 2 and "character 'x' is not among the 4" in result.stderr
 
@@ -798,7 +811,7 @@ def test_sample_of_a_char_model_names_unknown_characters(tiny, tmp_path):
 # Configs and the first minute
 
 
-CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py')  # those that are not for other scripts
+CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py')  # the configs of train.py
                  if not path.name.startswith(('bench_', 'coord_check', 'sweep_')) or path.name == 'sweep_base.py')
 
 
@@ -823,7 +836,7 @@ def test_the_papers_shapes_have_the_papers_size():
 
 
 def test_the_demo_of_the_makefile(tmp_path):
-    """`make demo` as it is, in tiny: only the installation is taken as done."""
+    """`make demo` at a tiny size, without the installation."""
     if not shutil.which('make'):
         pytest.skip('needs make')
     out = tmp_path / 'demo'

@@ -38,8 +38,7 @@ def synchronized_time(device):
 
 
 def build_peer(folder, shape):
-    """The GPT of a peer's model.py. `shape` is a dict with the keys of our GPTConfig; the peer's GPTConfig takes those
-    that it knows."""
+    """The GPT of a peer's model.py; its GPTConfig takes the keys that it knows of `shape`, those of our GPTConfig."""
     spec = spec_from_file_location('peer_model', Path(folder) / 'model.py')
     peer = module_from_spec(spec)
     sys.modules['peer_model'] = peer  # dataclasses look up their module
@@ -60,10 +59,7 @@ def remove_multipliers(model):
 
 
 def timed_steps(c, data, machine, model, take_step):
-    """Yield the seconds of the PARTS of one training step after another.
-
-    take_step(losses) back-propagates each loss and updates the weights.
-    """
+    """Yield the seconds of the PARTS of each training step; take_step(losses) back-propagates and updates."""
     times, sequences = [], c.batch_tokens // c.block_size
 
     def tick():
@@ -86,7 +82,6 @@ def timed_steps(c, data, machine, model, take_step):
         yield [end - start for start, end in zip(times, times[1:])]
 
 
-# -----------------------------------------------------------------------------
 # The kinds of contestants. Each returns (number of parameters, iterator of the seconds of each step's parts).
 def our_model(c, data):
     from train import TrainConfig, build_model
@@ -102,11 +97,10 @@ def ours(c, data, machine, plain=False):
     parallel.prepare(model, c, machine)
     optimizer = make_optimizer(model, c, machine.device.type)
     if plain:  # one group with weight decay and one without
-        weights = [p for _, p in model.weights()]
-        groups = [dict(params=[p for p in weights if p.dim() > 1], weight_decay=c.weight_decay),
-                  dict(params=[p for p in weights if p.dim() == 1], weight_decay=0.0)]
-        optimizer = torch.optim.AdamW([group for group in groups if group['params']], c.learning_rate,
-                                      (c.beta1, c.beta2), c.eps, fused=True)
+        decayed = [p for _, p in model.weights() if p.dim() > 1]
+        others = [p for _, p in model.weights() if p.dim() == 1]
+        groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
+        optimizer = torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), c.eps, c.weight_decay, fused=True)
 
     def take_step(losses):
         loss, _, diverged = update(model, optimizer, losses, c.grad_clip)
@@ -138,15 +132,14 @@ def products(c, data, machine):
     def noise(size):
         return torch.randn(c.batch_tokens, size, device=machine.device).to(machine.dtype)
     inputs = [noise(linear.in_features) for linear in linears]
-    output_grads = [noise(linear.out_features) for linear in linears]
+    grads = [noise(linear.out_features) for linear in linears]  # of the outputs
     forward = [(x, w.T) for x, w in zip(inputs, weights)]
-    input_grads = [(dy, w) for dy, w in zip(output_grads, weights)]
-    weight_grads = [(dy.T, x) for dy, x in zip(output_grads, inputs)]
+    backward = [(dy, w) for dy, w in zip(grads, weights)] + [(dy.T, x) for dy, x in zip(grads, inputs)]
 
     def steps():
         while True:
             times = [synchronized_time(machine.device)]
-            for pairs in (forward, input_grads + weight_grads):
+            for pairs in (forward, backward):
                 for a, b in pairs:
                     a @ b
                 times.append(synchronized_time(machine.device))

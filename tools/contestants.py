@@ -1,6 +1,4 @@
-"""
-What the benchmarks of bench.py share: processes to measure, turns, figures and tables.
-"""
+"""What the benchmarks of bench.py share: processes to measure, turns, figures and tables."""
 import json
 import os
 import subprocess
@@ -78,10 +76,8 @@ class Contestant:
 
 
 def contestants_of(config, peer, machine, compiles):
-    """Yield (name, what bench_worker.py is told) of each contestant in a training step.
-
-    A peer runs as it ships, compiled where a compiler works and on a CPU in float32, and with our dtype.
-    """
+    """Yield (name, what bench_worker.py is told) of each contestant in a training step. A peer runs as it ships,
+    compiled where a compiler works and on a CPU in float32, and with our dtype."""
     dtype, config = machine.dtype_name, asdict(config)
     yield 'nanoP', dict(kind='ours', config=config, dtype=dtype)
     if config['optimizer'] == 'adamw':
@@ -97,8 +93,7 @@ def contestants_of(config, peer, machine, compiles):
 
 
 def timed(command, allowed=(0,)):
-    """Run a command. Returns (seconds, peak memory of its largest process in bytes). Refuses exit codes that are not
-    `allowed`."""
+    """Run a command. Returns (seconds, peak bytes of its largest process). Refuses exit codes not in `allowed`."""
     started = time.perf_counter()
     with tempfile.TemporaryFile('w+') as output, tempfile.NamedTemporaryFile('r') as peak:
         # a small process in between: a process's peak starts at the size of the process that started it
@@ -111,8 +106,6 @@ def timed(command, allowed=(0,)):
         return seconds, int(peak.read()) * (1 if sys.platform == 'darwin' else 1024)
 
 
-# -----------------------------------------------------------------------------
-# Figures and tables
 def take_turns(turns, contestants):
     """Call {name: function} one after the other, `turns` times. Returns {name: list of what the function returned}."""
     taken = {name: [] for name in contestants}
@@ -134,7 +127,8 @@ def faster_by(seconds, ours):
 
 def print_table(rows, columns, ours='nanoP'):
     """Print dicts as a table; `columns` are {title: format string}. A figure that a row does not have stays empty."""
-    columns |= {f'{ours} is faster by': '{nanop_is_faster_by:.2f}x ({faster_by_min:.2f}..{faster_by_max:.2f})'}
+    faster = '{nanop_is_faster_by:.2f}x ({faster_by_min:.2f}..{faster_by_max:.2f})'
+    columns = {'': '{contestant}', **columns, f'{ours} is faster by': faster}
 
     def cell(text, row):
         try:

@@ -21,16 +21,13 @@ from tools.stack import UNKNOWN_VOCAB
 from train import TrainConfig, make_optimizer, num_steps, rescaled, split_batch, train
 
 
-# -----------------------------------------------------------------------------
 # Memory of one device and traffic of one step, in bytes. P counts all parameters, P_block those in the attention and
 # MLP of all blocks.
 def activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16=False):
-    """What the forward pass over `tokens` tokens keeps for the backward pass.
-
-    Inputs of norms are kept in float32, inputs of matrix products in product_bytes each. At the end the logits are
-    kept, and their logarithms in float32 twice, once for their gradient. This is the default architecture; print_plan()
-    says which keys change it. In bf16 on a CPU (cpu_bf16) nanop/layers.py keeps other tensors.
-    """
+    """What the forward pass over `tokens` tokens keeps for the backward pass: inputs of norms in float32, inputs of
+    matrix products in product_bytes each, the logits, and their logarithms in float32 twice, once for their gradient.
+    This is the default architecture; print_plan() says which keys change it. In bf16 on a CPU (cpu_bf16)
+    nanop/layers.py keeps other tensors."""
     c, p = model.config, product_bytes
     attn, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
     norms = c.n_embd * 2 * (4 + p)  # inputs and outputs
@@ -92,8 +89,6 @@ def traffic(model, config, bench, product_bytes):
     return split_batch(config, bench.gpus)[2] * (within_copy + all_reduce)
 
 
-# -----------------------------------------------------------------------------
-# The plan on the terminal
 def si(number, unit=''):
     """A number with an SI prefix: 1.53 G."""
     power = min(6, int(math.log10(number) // 3)) if number >= 1 else 0
@@ -129,15 +124,14 @@ def print_plan(config, bench):
         'tokens': f'{tokens:,} in {steps:,} steps',
         'batch': f'{sequences:,} sequences of {config.block_size:,} = {bench.gpus} GPU(s) x {micro_batches} '
                  f'micro-batch(es) x {local // micro_batches}',
-        'FLOPs per token': si(flops),
-        'total FLOPs': si(flops * tokens),
+        'FLOPs per token': si(flops), 'total FLOPs': si(flops * tokens),
         f'days at {bench.mfu:.0%} MFU': f"{days:.3g} on {bench.gpus} GPU(s) of {si(bench.peak_flops, 'FLOP/s')}",
         'sent per step and GPU': si(traffic(model, config, bench, product_bytes=2), 'B'),
     }.items():
         print(f'{name:<32}{value}')
 
-    rows = memory(model, config, bench, product_bytes=2)
     print(f'\nmemory of one GPU, {config.parallel}, bf16')
+    rows = memory(model, config, bench, product_bytes=2)
     for name, value in rows.items():
         print(f"{name:<32}{si(value, 'B')}")
     changed = [key for key in ('norm', 'qk_norm', 'activation', 'pos', 'n_kv_head')
@@ -149,11 +143,8 @@ def print_plan(config, bench):
     print(f"{'total':<32}{si(kept, 'B')}; with --recompute=True {si(recomputed, 'B')}")
 
 
-# -----------------------------------------------------------------------------
-# A short run to compare with
 def run_and_measure(config, steps, queue):
-    """In a process of its own: put into the queue the bytes that `steps` steps need more than a tiny model, whose
-    memory is that of the libraries."""
+    """Put into the queue the bytes that `steps` steps need more than a tiny model, whose memory is the libraries'."""
     device = pick_device(config.device)
     torch.set_num_threads(1)
     config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, train_tokens=0,

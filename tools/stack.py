@@ -34,19 +34,17 @@ def why_not_stack(config):
     """One line that says why runs like this one cannot be stacked, or None where they can."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    if config.qk_norm:
-        return 'qk_norm removes the factor on the logits that a stack puts into the weights of the queries'
-    if config.optimizer in ('lion', 'muon'):
-        return f'{config.optimizer} takes signs or rounds to bfloat16: sums in another order make other steps'
-    if config.skip_grad_norm:
-        return 'skip_grad_norm skips a step of one run only'
-    if config.dropout:
-        return 'dropout draws from one generator for all runs'
-    if dtype == torch.float16:
-        return 'float16 needs a gradient scale for each run'
-    if device.type == 'cpu' and dtype == torch.bfloat16:
-        return 'our attention and loss have no batched form for bfloat16 on a CPU'
-    return None
+    reasons = {
+        'qk_norm removes the factor on the logits that a stack puts into the weights of the queries': config.qk_norm,
+        f'{config.optimizer} takes signs or rounds to bfloat16: sums in another order make other steps':
+            config.optimizer in ('lion', 'muon'),
+        'skip_grad_norm skips a step of one run only': config.skip_grad_norm,
+        'dropout draws from one generator for all runs': config.dropout,
+        'float16 needs a gradient scale for each run': dtype == torch.float16,
+        'our attention and loss have no batched form for bfloat16 on a CPU':
+            device.type == 'cpu' and dtype == torch.bfloat16,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def stack_size(config):
@@ -66,18 +64,14 @@ def stack_size(config):
 
 
 class Stack:
-    """K models of one shape as one batched model.
-
-    params  {name: (K, ...)}, trained; every model's parameters and gradients are views into them
-    masks   {name: (K, ...)}, of sparse layers
-    shared  a model without weights and with multipliers of 1, through which all K are run
-    """
+    """K models of one shape as one batched model: `params` and `masks` are {name: (K, ...)}, and all K are run through
+    `shared`, a model without weights and with multipliers of 1."""
 
     def __init__(self, models):
         self.models = models
         stacked, _ = stack_module_state(models)
         self.params = {name: p for name, p in stacked.items() if p.requires_grad}
-        self.masks = {name: p for name, p in stacked.items() if not p.requires_grad}
+        self.masks = {name: p for name, p in stacked.items() if not p.requires_grad}  # of sparse layers
         for name, p in self.params.items():
             p.grad = torch.zeros_like(p)
             for k, model in enumerate(models):
@@ -112,8 +106,7 @@ class Stack:
 
     def losses(self, batches, machine):
         """Mean losses (K,) of K batches, each a pair of inputs (B, T) and targets (B, T)."""
-        inputs = torch.stack([batch[0] for batch in batches])  # (K, B, T)
-        targets = torch.stack([batch[1] for batch in batches])
+        inputs, targets = (torch.stack(each) for each in zip(*batches))  # (K, B, T)
         with machine.autocast():
             return vmap(lambda weights, x, y: functional_call(self.shared, weights, (x, y))[1])(
                 self.multiplied_params() | self.masks, inputs, targets)
@@ -129,7 +122,6 @@ class Stack:
 
 @torch.no_grad()
 def stack_val_losses(stack, data, config, batch_size, machine):
-    """Validation losses of the K models, as a list."""
     starts = data.val_starts(config.eval_tokens, config.block_size)
     total = torch.zeros(len(stack.models), device=machine.device)
     for first in range(0, len(starts), batch_size):
@@ -181,8 +173,7 @@ def train_stack(configs):
     for k, config in enumerate(configs):
         if diverged_at[k] is None and not math.isfinite(val_losses[k]):
             diverged_at[k] = steps
-        finished = diverged_at[k] is None
-        val_loss, steps_taken = (val_losses[k], steps) if finished else (math.inf, diverged_at[k])
+        val_loss, steps_taken = (val_losses[k], steps) if diverged_at[k] is None else (math.inf, diverged_at[k])
         summaries.append(dict(
             val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
             last_train_loss=loss[k].item(), steps=steps_taken, tokens=steps_taken * c.batch_tokens, params=num_params,

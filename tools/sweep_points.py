@@ -36,9 +36,8 @@ def combinations(axes):
 
 
 def random_settings(axes, count, seed):
-    """`count` dicts with a random value of each axis. A larger count begins with the same ones. Numbers lie between the
-    least and the greatest value, log-uniform if all are above zero; integers are multiples of what all have in common.
-    """
+    """`count` dicts with a random value of each axis; a larger count begins with the same ones. Numbers lie between the
+    least and the greatest value, log-uniform if all are above zero; integers are multiples of their common divisor."""
     rng = np.random.default_rng(seed)
 
     def draw(values):
@@ -72,12 +71,10 @@ def cost(config, data):
     return flops_per_token(model) * (steps * config.batch_tokens + config.eval_tokens / 3)
 
 
-
 def listed_values(overrides):
     """{key: [value, ..]} of the overrides, with the defaults of the keys that every sweep has."""
-    values = {key: value if isinstance(value, list) else [value] for key, value in overrides.items()}
-    for key in ('seed', 'learning_rate', *MODEL_AXES):
-        values.setdefault(key, [DEFAULTS[key]])
+    usual = {key: DEFAULTS[key] for key in ('seed', 'learning_rate', *MODEL_AXES) if key not in overrides}
+    values = {key: value if isinstance(value, list) else [value] for key, value in (overrides | usual).items()}
     for key, held in values.items():
         if key in NOT_SWEPT and len(held) > 1:
             raise UserError(f'{key} cannot be swept: give it one value')
@@ -104,17 +101,15 @@ def typed_dicts(name, dicts, overrides, complete=False):
 
 
 class Sweep:
-    """What a sweep runs.
+    """What a sweep runs, from a SweepConfig and the overrides of TrainConfig, which may hold lists.
 
-    models, axes, points   see above
-    configs, digests       the TrainConfig and the digest of each point
+    configs, digests       the TrainConfig and the digest of each of the `points`
     row_keys               the keys that make the rows of the report's tables: parameterization and those of variants
     sampled                a sampler of Optuna chooses the points; `points` are the corners of what it searches
     facts                  what a study keeps: `base`, the values that all trials share; `differ`, other keys; search
     """
 
     def __init__(self, config, overrides):
-        """`config` is a SweepConfig, `overrides` those of TrainConfig, which may hold lists."""
         self.config, self.sampled = config, config.search not in ('grid', 'random')
         values = listed_values(overrides)
         shapes = typed_dicts('shapes', config.shapes, overrides)
@@ -134,7 +129,7 @@ class Sweep:
         base = {key: value for key, value in shared.items() if key not in differ and key not in NOT_SWEPT}
         self.facts = dict(differ=differ, search=config.search if self.sampled else 'points', base=base)
         self.configs = [self.train_config(point) for point in self.points]
-        self.digests = [digest(train_config) for train_config in self.configs]
+        self.digests = list(map(digest, self.configs))
         self.num_runs = config.trials if self.sampled else len(set(self.digests))
         self.digests_of_trials = {}  # by the trial's number
 
@@ -164,11 +159,9 @@ class Sweep:
         return config
 
     def point_of(self, trial):
-        """The point of an Optuna trial."""
         return self.points[0] | trial.params if self.sampled else trial.params
 
     def digest_of(self, trial):
-        """The digest of an Optuna trial."""
         if trial.number not in self.digests_of_trials:
             self.digests_of_trials[trial.number] = digest(self.train_config(self.point_of(trial)))
         return self.digests_of_trials[trial.number]

@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from model import CHOICES
-from nanop.errors import UserError, exit_on_user_error, first_line
+from nanop.errors import UserError, exit_on_user_error, explained, first_line
 from nanop.machine import pick_device
 from tools.stack import stack_size, stackable, train_stack, why_not_stack
 from tools.sweep_points import DEFAULTS, TYPES, Sweep, digest
@@ -45,7 +45,6 @@ KEPT = [key for key in RESULTS if key not in ('val_loss', 'trial')]  # from a ru
 
 
 def open_study(config):
-    """Open Optuna's study, or create it."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings('ignore', 'Heartbeat of storage')  # take() starts the heartbeat itself
@@ -80,13 +79,9 @@ def open_storage(url, heartbeat_s):
 
 def lock_before_reading(engine):
     """Lock SQLite when a transaction begins, not at its first write: else two workers could take the same trial."""
-    @sqlalchemy.event.listens_for(engine, 'connect')
-    def leave_transactions_to_us(connection, _):
-        connection.isolation_level = None
-
-    @sqlalchemy.event.listens_for(engine, 'begin')
-    def lock(connection):
-        connection.exec_driver_sql('BEGIN IMMEDIATE')
+    # isolation_level None: the driver leaves transactions to us
+    sqlalchemy.event.listen(engine, 'connect', lambda connection, _: setattr(connection, 'isolation_level', None))
+    sqlalchemy.event.listen(engine, 'begin', lambda connection: connection.exec_driver_sql('BEGIN IMMEDIATE'))
     engine.dispose()  # close the connection that was made without these two
 
 
@@ -131,11 +126,8 @@ def enqueue(study, sweep, out_dir):
             continue
         there.add(run)
         distributions = {key: distribution(key, held[key], log=sweep.sampled) for key in held}
-        try:
+        with explained(ValueError, f'{whose} cannot take {params}', 'use another --out_dir or --study'):
             study.add_trial(optuna.create_trial(params=params, distributions=distributions, **state))
-        except ValueError as error:
-            raise UserError(f"{whose} cannot take {params} ({first_line(error)}): use another --out_dir or "
-                            '--study') from None
     study.set_user_attr('sweep', sweep.facts)
 
 
@@ -168,14 +160,13 @@ def num_sampled(study, before=math.inf):
 
 def take(study, sweep, trials, heartbeats):
     """Append the trials of the next stack to `trials`, none if none is left; the ExitStack `heartbeats` ends theirs."""
-    distributions, wanted = None, 1
-    if sweep.sampled:
-        distributions = {key: distribution(key, values, log=True) for key, values in sweep.axes.items()}
+    distributions = {key: distribution(key, values, log=True) for key, values in sweep.axes.items()}
+    wanted = 1
     while len(trials) < wanted:
         may_sample = sweep.sampled and num_sampled(study) < sweep.config.trials
         if not may_sample and not trials_of(study, TrialState.WAITING):
             return
-        trial = study.ask(distributions)
+        trial = study.ask(distributions if sweep.sampled else None)
         heartbeats.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
         trial.set_user_attr('worker', f'{platform.node()}:{os.getpid()}')
         trials.append(trial)
@@ -259,7 +250,8 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
     if any(each.compile for each in sweep.configs):  # torch.compile keeps only few graphs by default
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     has_heartbeat, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
-    try:
+    errors = sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
+    with explained(errors, 'the storage failed', 'run the same command again when it works'):
         while not parent or parent.is_alive():
             requeue_stale_trials(study, config.heartbeat_s)
             if run_next(study, sweep):
@@ -268,8 +260,6 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
                 time.sleep(min(1, config.heartbeat_s))
             else:
                 return
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise UserError(f'the storage failed ({first_line(error)}): run the same command again when it works') from None
 
 
 def worker_main(*arguments):

@@ -24,7 +24,7 @@ RESULTS = dict(val_loss=float, bits_per_byte=float, last_train_loss=float, diver
 
 def write_trials(path, rows):
     """Write all rows to a CSV file, first the keys of the points, then the results."""
-    keys = {key: None for row in rows for key in row if key not in RESULTS}
+    keys = dict.fromkeys(key for row in rows for key in row if key not in RESULTS)
     write_csv(path, rows, [*keys, *RESULTS])
 
 
@@ -74,11 +74,10 @@ def curve_of(rows, axis, other_axes):
     for row in rows:
         setting = (row[axis], *[row[key] for key in other_axes])
         losses_at.setdefault(setting, {})[row['seed']] = row['val_loss']
-    common_seeds = set.intersection(*[set(losses) for losses in losses_at.values()])
+    common_seeds = set.intersection(*map(set, losses_at.values()))
     curve = {}
-    for setting, losses in sorted(losses_at.items()):
-        value, seeds = setting[0], sorted(common_seeds or losses)
-        losses = {seed: losses[seed] for seed in seeds}
+    for (value, *_), losses in sorted(losses_at.items()):
+        losses = {seed: losses[seed] for seed in sorted(common_seeds or losses)}
         if value not in curve or mean_loss(losses) < mean_loss(curve[value]):
             curve[value] = losses
     return curve
@@ -162,17 +161,15 @@ class SweepReport:
 
     def __init__(self, name, rows, models, axes, shared, fit=True, row_keys=('parameterization',)):
         self.name, self.rows, self.models, self.axes, self.shared = name, rows, models, list(axes), shared
-        self.fit, self.row_keys, self.rules = fit, row_keys, {}  # rules: {label: rules} of each row of the tables
+        self.fit, self.row_keys = fit, row_keys
         same = {}  # {trials: [rules, ..]}; rules that came to the same runs are one row: sp = mup
         for rules in dict.fromkeys(self.rules_of(model) for model in models):
             trials = tuple(row['trial'] for row in rows if self.rules_of(row) == rules)
             same.setdefault(trials or rules, []).append(rules)
-        for group in same.values():
-            self.rules[' = '.join(self.label(rules) for rules in group)] = group[0]
+        self.rules = {' = '.join(map(self.label, group)): group[0] for group in same.values()}  # of each row
         several = {key for key in models[0] if len({model[key] for model in models}) > 1}
         self.shape_keys = [key for key in models[0] if key in several and key not in row_keys]
         self.shapes = list(dict.fromkeys(self.shape_of(model) for model in models))
-        self.seeds = {row['seed'] for row in rows}
         self.varied = [axis for axis in self.axes if len({row[axis] for row in rows}) > 1]
 
     def rules_of(self, model):
@@ -183,11 +180,8 @@ class SweepReport:
 
     def label(self, rules):
         """The parameterization, and what else differs from the first row."""
-        text, usual = rules[0], self.rules_of(self.models[0])
-        for i, key in enumerate(self.row_keys):
-            if i > 0 and rules[i] != usual[i]:
-                text += f', {key} {number(rules[i])}'
-        return text
+        others = list(zip(self.row_keys, rules, self.rules_of(self.models[0])))[1:]
+        return ', '.join([rules[0], *(f'{key} {number(value)}' for key, value, usual in others if value != usual)])
 
     def curves(self, axis):
         """{label: {shape: curve}} of the models that have been run."""
@@ -206,8 +200,8 @@ class SweepReport:
             value = f'2^{math.log2(best.best):.0f}' if exact else number(best.best)
             return f'{value}: {mean_loss(best.losses):.4f}'
         power, form = ('2^', '{:.2f}') if min(curve) > 0 else ('', '{:.3g}')
-        at = f"{best.mark}{' ' if best.mark else ''}{power}{plus_minus(best.at, best.error, form)}"
-        return f'{at}: {mean_loss(best.losses):.4f}'
+        mark = f'{best.mark} ' if best.mark else ''
+        return f'{mark}{power}{plus_minus(best.at, best.error, form)}: {mean_loss(best.losses):.4f}'
 
     def comparison_texts(self, curves):
         """Drift, loss at the first shape's best value, regret, and how often each shape is better, as text."""
@@ -241,14 +235,14 @@ class SweepReport:
         return lines
 
     def markdown(self):
-        diverged = sum(row['val_loss'] == math.inf for row in self.rows)
+        diverged, seeds = sum(row['val_loss'] == math.inf for row in self.rows), {row['seed'] for row in self.rows}
         seconds = {row['trial']: row['seconds'] for row in self.rows}
         tokens = sorted({row['tokens'] for row in self.rows if row['val_loss'] < math.inf})
         tokens = ' to '.join(f'{n:,}' for n in dict.fromkeys(tokens[:1] + tokens[-1:]))
         shared = ', '.join(f'{key}={number(value)}' for key, value in sorted(self.shared.items()) if value != '')
         lines = [f'# {self.name}', '',
                  f'{len(self.rows)} points, {len(seconds)} runs (equal ones are trained once), {diverged} diverged, '
-                 f'{len(self.seeds)} seed(s); {tokens} training tokens a run; {sum(seconds.values()) / 3600:.2f} hours '
+                 f'{len(seeds)} seed(s); {tokens} training tokens a run; {sum(seconds.values()) / 3600:.2f} hours '
                  'of training in all.', '', f'Shared by all: {shared}.', '']
         for axis in self.varied or self.axes[:1]:
             lines += [f'## {axis}', '', *self.table(axis), '']

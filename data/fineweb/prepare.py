@@ -1,10 +1,9 @@
 """
 FineWeb's sample of 10 billion tokens (release v1.4.0), as GPT-2 tokens.
 
-    python data/fineweb/prepare.py [--shards=N] [--input='FOLDER/*.parquet']
+    python data/fineweb/prepare.py [--shards=N] [--input='FOLDER/*.parquet']    streams about 28 GB
 
-Disk, computed from the token count and not measured: 40 GB while the shards are joined, then 20 GB. The download of
-about 28 GB is streamed, not stored. Memory: a few megabytes of text per worker. Time: not measured.
+Disk, computed: 40 GB while the shards are joined, then 20 GB. Memory: megabytes per worker. Time: not measured.
 """
 import sys
 from pathlib import Path

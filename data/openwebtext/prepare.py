@@ -1,10 +1,9 @@
 """
 OpenWebText, nanoGPT's training set: 8,013,769 documents, about 9 billion GPT-2 tokens.
 
-    python data/openwebtext/prepare.py [--shards=N] [--input='FOLDER/*.parquet']
+    python data/openwebtext/prepare.py [--shards=N] [--input='FOLDER/*.parquet']    streams about 24 GB
 
-Disk, computed from the token count and not measured: 36 GB while the shards are joined, then 18 GB. The download of
-about 24 GB is streamed, not stored. Memory: a few megabytes of text per worker. Time: not measured.
+Disk, computed: 36 GB while the shards are joined, then 18 GB. Memory: megabytes per worker. Time: not measured.
 """
 import sys
 from pathlib import Path

@@ -1,9 +1,7 @@
 """
 Tiny Shakespeare as GPT-2 tokens: 301,966 for training and 36,059 for validation, the last tenth, as in nanoGPT.
 
-    python data/shakespeare/prepare.py [--input=FILE]
-
-Downloads 1.1 MB unless FILE is a copy of the text.
+    python data/shakespeare/prepare.py [--input=FILE]    downloads 1.1 MB unless FILE is a copy of the text
 """
 import sys
 from pathlib import Path

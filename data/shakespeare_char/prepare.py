@@ -1,9 +1,7 @@
 """
 Tiny Shakespeare by characters: 1,003,854 for training and 111,540 for validation, the last tenth, as in nanoGPT.
 
-    python data/shakespeare_char/prepare.py [--input=FILE]
-
-Downloads 1.1 MB unless FILE is a copy of the text.
+    python data/shakespeare_char/prepare.py [--input=FILE]    downloads 1.1 MB unless FILE is a copy of the text
 """
 import sys
 from pathlib import Path

@@ -1,10 +1,9 @@
 """
 SlimPajama, the corpus of the CompleteP paper, as GPT-2 tokens: the 10% sample that is still on the hub.
 
-    python data/slimpajama/prepare.py [--shards=N] [--input='FOLDER/*.parquet']
+    python data/slimpajama/prepare.py [--shards=N] [--input='FOLDER/*.parquet']    streams about 14 GB
 
-Disk, computed from the token count and not measured: 24 GB while the shards are joined, then 12 GB. The download of
-about 14 GB is streamed, not stored. Memory: a few megabytes of text per worker. Time: not measured.
+Disk, computed: 24 GB while the shards are joined, then 12 GB. Memory: megabytes per worker. Time: not measured.
 """
 import sys
 from pathlib import Path

@@ -18,7 +18,7 @@ from glob import glob
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from nanop.errors import UserError, exit_on_user_error  # noqa: E402
+from nanop.errors import UserError, exit_on_user_error, explained, import_optional  # noqa: E402
 from nanop.tokenizer import CharTokenizer, get_tokenizer  # noqa: E402
 from nanop.write_dataset import PIECE_CHARS, write_dataset  # noqa: E402
 
@@ -64,39 +64,30 @@ def pieces(file):
 
 def rows(path, column):
     """Yield the strings in one column of a .jsonl or .parquet file."""
+    problem, use = f"no text under '{column}'", 'name the column with --column'
     if path.removesuffix('.gz').endswith('.jsonl'):
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
-                try:
+                with explained((ValueError, KeyError, TypeError), f"'{path}', line {number}: {problem}", use):
                     if line.strip():
                         yield str(json.loads(line)[column])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f"'{path}', line {number}: no text under '{column}' ({error}); name the column "
-                                    'with --column') from None
         return
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError('.parquet files need pyarrow: pip install pyarrow') from None
-    try:
+    pyarrow, parquet = (import_optional(name, f"'{path}'", 'pyarrow') for name in ('pyarrow', 'pyarrow.parquet'))
+    with explained((KeyError, pyarrow.ArrowException), f"'{path}': {problem}", use):
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256, columns=[column]):
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256, columns=[column]):
                 yield from (str(value) for value in batch.column(column).to_pylist())
-    except (KeyError, pyarrow.ArrowException) as error:
-        raise UserError(f"'{path}': no text under '{column}' ({error}); name the column with --column") from None
 
 
-def documents(files, split, column):
-    """Yield (split, text, ends_document) for every file."""
-    for path in files:
-        try:
+def documents(files, column):
+    """Yield (split, text, ends_document) for every file of {path: split}."""
+    for path, split in files.items():
+        with explained((OSError, EOFError), f"'{path}' cannot be read"):
             if path.removesuffix('.gz').endswith(('.jsonl', '.parquet')):
                 yield from ((split, text, True) for text in rows(path, column))
             else:
                 with open_text(path) as file:
                     yield from ((split, text, ends) for text, ends in pieces(file))
-        except (OSError, EOFError) as error:
-            raise UserError(f"'{path}' cannot be read: {error}") from None
 
 
 def prepare(argv=None):
@@ -111,18 +102,13 @@ def prepare(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.val_frac < 1:
         raise UserError(f'--val_frac={args.val_frac} is not allowed: use a fraction between 0 and 1')
-    val = find_files(args.val)
-    train = [path for path in find_files(args.inputs) if path not in set(val)]
-
-    def all_documents():
-        yield from documents(train, 'train', args.column)
-        yield from documents(val, 'val', args.column)
-
-    tokenizer = (CharTokenizer.of(char for _, text, _ in all_documents() for char in set(text))
+    val = dict.fromkeys(find_files(args.val), 'val')
+    files = {path: 'train' for path in find_files(args.inputs) if path not in val} | val
+    tokenizer = (CharTokenizer.of(char for _, text, _ in documents(files, args.column) for char in set(text))
                  if args.tokenizer == 'char' else get_tokenizer(args.tokenizer))
-    packed = ('.gz', '.parquet')  # compressed: their size is not that of the text
-    total_chars = None if any(path.endswith(packed) for path in train + val) else sum(map(os.path.getsize, train + val))
-    return write_dataset(args.out, all_documents(), tokenizer, f'{len(train) + len(val)} local files',
+    compressed = any(path.endswith(('.gz', '.parquet')) for path in files)  # then the size of the text is not known
+    total_chars = None if compressed else sum(map(os.path.getsize, files))
+    return write_dataset(args.out, documents(files, args.column), tokenizer, f'{len(files)} local files',
                          val_frac=0 if val else args.val_frac, total_chars=total_chars, workers=args.workers)
 
 
