@@ -2,7 +2,8 @@
 A GPT whose hyperparameters transfer: tune a small model, train a wide, deep or sparse one with the same values.
 
 Read from top to bottom: the rules of the papers (the whole method), the config, then nanoGPT's GPT with the same
-module names. The rules act in four places: init_weights, Block.forward, GPT.unembed and configure_optimizers.
+module names. The rules act in five places: CausalSelfAttention.logit_mult, Block.forward, GPT.init_weights, GPT.unembed
+and GPT.configure_optimizers.
 
     B batch    T time    C n_embd    H n_head    D head_dim    V vocab_size
 
@@ -31,12 +32,12 @@ from nanop.optimizers import optimizer_by_name
 # -----------------------------------------------------------------------------
 # The rules
 class ScalesWith(NamedTuple):
-    """The ratios that a parameterization scales with (1) or ignores (0), as exponents; and its alpha."""
+    """1: the parameterization scales with this ratio to the base. 0: it ignores the ratio (ratio ** 0 = 1)."""
     width: int
     depth: int
     density: int
     gpt2_init: int  # GPT-2's 1/sqrt(2 n_layer) on the init of the residual projections
-    alpha: float
+    alpha: float  # its depth exponent, where it scales with depth
 
 
 PARAMETERIZATIONS = {
@@ -61,30 +62,31 @@ class Rule(NamedTuple):
     muon: tuple | None = None  # (lr, weight_decay, eps) where Muon takes the step
 
 
-def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init, unembed_form='multiplier'):
-    """The factors for every role, for AdamW: Table 1 of arXiv:2505.01618, version 4.
+def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'):
+    """The factors for every role, for AdamW: Table 1 of arXiv:2505.01618, version 4. eps follows the gradient's size.
 
-    rho enters init and lr as in arXiv:2405.15743. It enters weight decay by our own derivation: lr * weight_decay of a
-    hidden weight stays the same. The paper scales Q K^T by 1/n_embd, its code by 1/head_dim; ours is 1/sqrt(head_dim)
-    at the base and falls as 1/head_dim from there, so that at the base all parameterizations are the same model. muon
-    is from Table 4 of arXiv:2603.00541. unembed_form='weights' moves the factor on the logits into the unembedding's
-    weights, as in Table 1 of arXiv:2512.22382; under Adam training is the same.
+    rho acts on init and lr as in arXiv:2405.15743; on weight decay by our derivation, to keep lr * weight_decay.
+    Q K^T: the paper scales by 1/n_embd, its code by 1/head_dim; ours is 1/sqrt(head_dim) at the base and falls as
+    1/head_dim from there, so that at the base all parameterizations are the same model.
+    muon: Table 4 of arXiv:2603.00541. unembed_form='weights' moves the factor on the logits into the unembedding's
+    weights, as Table 1 of arXiv:2512.22382 does; under Adam training is the same.
     """
     m_in = m_N * rho                 # fan-in ratio: inputs of a hidden unit, relative to the base
-    std = m_in ** -0.5               # keeps the size of a hidden unit's sum
+    std = m_in ** -0.5               # keeps pre-activations at their size
     branch = m_L ** -alpha           # multiplier on every residual branch
-    block_lr = m_L ** (alpha - 1)    # lr factor inside the blocks: branch * block_lr = 1 / m_L for every alpha
-    muon = block_lr, 1.0, branch     # orthogonalized steps do not depend on fan-in
+    block_lr = m_L ** (alpha - 1)    # lr factor inside the blocks: branch * block_lr is 1 / m_L, a block's share
+    muon = block_lr, 1.0, branch     # orthogonal steps ignore fan-in; eps is compared with a whole gradient's norm
     logits, unembed = (1 / m_N, 1.0) if unembed_form == 'multiplier' else (1.0, 1 / m_N)
     return {
         # role                    init_std         lr               weight_decay  eps           forward  muon
         'embedding':         Rule(1.0,             1.0,             1.0,          1 / m_N,      1.0),
         'block_norm':        Rule(0.0,             block_lr,        0.0,          branch / m_N, 1.0),
-        'qk_norm':           Rule(0.0,             block_lr,        0.0,          branch,       1.0),  # shared by heads
+        'qk_norm':           Rule(0.0,             block_lr,        0.0,          branch,       1.0),  # heads add up
         'hidden_weight':     Rule(std,             block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
-        'residual_proj':     Rule(std * gpt2_init, block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
+        'residual_proj':     Rule(std * proj_std,  block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
         'hidden_bias':       Rule(0.0,             block_lr,        0.0,          branch / m_N, 1.0),
         'final_norm':        Rule(0.0,             1.0,             0.0,          1 / m_N,      1.0),
+        # eps of the unembedding: its gradient carries the factor on the logits
         'unembedding':       Rule(unembed,         unembed,         1 / unembed,  logits,       logits),
         'residual_branch':   Rule(forward=branch),           # this and the next have no tensor
         'attention_logits':  Rule(forward=m_D ** -0.5),      # on top of 1/sqrt(head_dim)
@@ -92,7 +94,7 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, gpt2_init, unembed_form='multiplier
 
 
 def length_rules(batch_ratio, duration_ratio):
-    """(lr, weight decay, eps, 1 - beta): AdamW's factors, in every role, at other batches and durations (in tokens)
+    """Factors on AdamW's (lr, weight decay, eps, 1 - beta), in every role, for another batch size or duration (tokens)
     than the base's. They keep the noise of a whole run: Table 1 of arXiv:2512.22382."""
     ratio = batch_ratio / duration_ratio
     return ratio ** 0.5, ratio ** 0.5, ratio ** -0.5, ratio
@@ -128,7 +130,7 @@ def sgd_factors(rule):  # SGD moves a weight by lr * gradient, and gradients fal
 
 OPTIMIZERS = {  # the factors on lr, weight decay and eps (None: has no eps) that each takes from a rule
     'adamw': adamw_factors,
-    'lion':  lambda rule: (*adamw_factors(rule)[:2], None),  # moves a weight by its lr, as AdamW does
+    'lion':  lambda rule: (rule.lr, rule.weight_decay, None),  # moves a weight by its lr, as AdamW does
     'muon':  lambda rule: rule.muon or adamw_factors(rule),  # AdamW steps what is not a hidden matrix
     'sgd':   sgd_factors,
 }
@@ -144,7 +146,7 @@ CHOICES = dict(parameterization=PARAMETERIZATIONS, norm=NORMS, activation=ACTIVA
 class GPTConfig:
     block_size: int = 256              # context, tokens
     vocab_size: int = 0                # rows of embedding and unembedding; train.py replaces 0 by the dataset's
-    real_vocab_size: int = 0           # ids from here up are padding and never sampled; 0: no padding, or the dataset's
+    real_vocab_size: int = 0           # ids from here up are padding and never sampled; train.py replaces 0, too
     n_layer: int = 2
     n_embd: int = 256
     head_dim: int = 64                 # n_head = n_embd / head_dim; keep it fixed while n_embd grows
@@ -154,7 +156,7 @@ class GPTConfig:
     norm: str = 'layernorm'            # layernorm, rmsnorm
     norm_gain: bool = True             # False: norms have no parameters
     qk_norm: bool = False              # a norm on the queries and keys of every head
-    activation: str = 'gelu'           # gelu, relu, relu2 (squared), swiglu (as many weights, 2/3 of the units)
+    activation: str = 'gelu'           # gelu, relu, relu2 (squared), swiglu (with as many weights as the others)
     pos: str = 'learned'               # positions: learned, rope, alibi, none
     tie_weights: bool = False          # embedding and unembedding share one tensor, under the embedding's rule
     attn_scale: str = 'base'           # factor on Q K^T: base (see scaling_rules), 1/sqrt_d, 1/d, 1/N (n_embd)
@@ -217,7 +219,7 @@ class GPTConfig:
             m_D=(self.head_dim / self.base_head_dim) ** scales_with.width,
             rho=self.density ** scales_with.density,
             alpha=self.alpha or scales_with.alpha, unembed_form=self.unembed_form,
-            gpt2_init=(2 * self.n_layer) ** (-0.5 * scales_with.gpt2_init))
+            proj_std=(2 * self.n_layer) ** (-0.5 * scales_with.gpt2_init))
         if self.zero_init_unembed:
             rules['unembedding'] = rules['unembedding']._replace(init_std=0.0)
         return rules
@@ -226,7 +228,7 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # The model
 def hidden_linear(in_features, rows, config):
-    """A linear layer whose weight stacks matrices of these heights; Muon steps each matrix by itself."""
+    """A linear layer. `rows`: heights of the matrices stacked in its weight (q, k, v); Muon steps each by itself."""
     linear = (SparseLinear if config.density < 1 else nn.Linear)(in_features, sum(rows), bias=config.bias)
     linear.rows = rows
     return linear
@@ -239,7 +241,7 @@ class CausalSelfAttention(nn.Module):
         self.heads = config.n_head, n_kv_head, n_kv_head  # of queries, keys and values
         self.head_dim, self.dropout, self.pos = config.head_dim, config.dropout, config.pos
         self.c_attn = hidden_linear(config.n_embd, [heads * config.head_dim for heads in self.heads], config)
-        self.q_norm, self.k_norm = (  # without biases: softmax ignores what all keys share
+        self.q_norm, self.k_norm = (  # without biases, as is common
             NORMS[config.norm](config.head_dim, config.norm_gain, bias=False) if config.qk_norm else None
             for _ in range(2))
         self.c_proj = hidden_linear(config.n_embd, [config.n_embd], config)
@@ -252,9 +254,9 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads of q, k and v, T, D)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
-        if self.q_norm:  # autocast made q and k bf16; normalize them in float32 like the residual stream
-            wide = torch.promote_types(q.dtype, torch.float32)
-            q, k = self.q_norm(q.to(wide)).to(q.dtype), self.k_norm(k.to(wide)).to(q.dtype)
+        if self.q_norm:  # autocast may have made q and k bf16; normalize them in float32 like the residual stream
+            float32 = torch.promote_types(q.dtype, torch.float32)  # or float64
+            q, k = self.q_norm(q.to(float32)).to(q.dtype), self.k_norm(k.to(float32)).to(q.dtype)
         if self.pos == 'rope':
             start = self.cache.length if self.cache else 0
             q, k = rotate(q, start), rotate(k, start)
@@ -331,7 +333,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Draw all weights and masks, in the order of their names. Nothing else initializes."""
+        """Draw all weights and masks, in the order of named_parameters(), over PyTorch's own init."""
         self.tie()  # to_empty() unties
         c, rules = self.config, self.config.rules
         for name, p in self.weights():
@@ -388,8 +390,8 @@ class GPT(nn.Module):
                              muon_mult=1.0):
         """The optimizer, with one parameter group per role. The arguments are base values.
 
-        A group holds its `role`, `lr`, `weight_decay`, `eps`, and `lr_scale` = lr / learning_rate. A schedule must
-        multiply each group's lr, not set it.
+        A group holds its `role`, `lr`, `weight_decay`, `eps`, and `lr_scale` = lr / learning_rate. A schedule sets
+        lr = learning_rate * lr_scale * fraction; without lr_scale it would undo the rules.
         """
         if optimizer == 'muon' and self.config.density < 1:
             raise UserError(f"optimizer='muon' has no rule for density={self.config.density}: its steps would fill "

@@ -812,19 +812,20 @@ ROWS = {  # row of the README's table: (role, column) of its factor in the rules
     'learning rate of hidden weights': ('hidden_weight', 'lr'),
     'weight decay of hidden weights': ('hidden_weight', 'weight_decay'),
     "AdamW's eps in the blocks": ('hidden_weight', 'eps'), "AdamW's eps elsewhere": ('embedding', 'eps'),
-    'residual branches': ('residual_branch', 'forward'), 'logits': ('unembedding', 'forward')}
+    'residual branches': ('residual_branch', 'forward'), 'logits': ('unembedding', 'forward'),
+    'attention logits, after 1/sqrt(head_dim)': ('attention_logits', 'forward')}
 
 
 def test_readme_shows_the_rules():
     """Every cell of the README's table is evaluated and compared with scaling_rules."""
     table = re.search(r'\n\| factor on the base value.*?\n\n', (ROOT / 'README.md').read_text(), flags=re.S).group()
     head, _, *rows = [[cell.strip(' `') for cell in line.strip('|').split('|')] for line in table.strip().splitlines()]
-    assert head[1:] == list(COLUMNS) and [row[0] for row in rows] == list(ROWS)
+    assert head[1:] == list(COLUMNS) and sorted(row[0] for row in rows) == sorted(ROWS)
     for name, *cells in rows:
         role, key = ROWS[name]
         for column, cell in zip(head[1:], cells):
-            rules = replace(BIG, parameterization=COLUMNS[column]).rules
-            factor = eval(cell, dict(m_N=4, m_L=8, rho=0.25))
+            rules = replace(BIG, head_dim=64, parameterization=COLUMNS[column]).rules
+            factor = eval(cell, dict(m_N=4, m_L=8, m_D=4, rho=0.25))
             assert getattr(rules[role], key) == pytest.approx(factor, rel=1e-12), (name, column)
 
 

@@ -1,10 +1,10 @@
 """
 Train a GPT. Config files and flags apply from left to right; --help lists every key.
 
-    python train.py config/completep_small.py                                minutes on a laptop CPU
-    python train.py config/completep_small.py --n_layer=16 --out_dir=out/16  the same hyperparameters, twice the depth
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py   one machine with 8 GPUs
-    python train.py --out_dir=out/16 --init_from=resume                      go on where it stopped
+    python train.py config/completep_small.py                                   minutes on a laptop CPU
+    python train.py config/completep_small.py --n_layer=16 --out_dir=out/deep   the same hyperparameters, twice as deep
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py      one machine with 8 GPUs
+    python train.py --out_dir=out/deep --init_from=resume                       go on where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/completep_1p5b_deep.py --parallel=fsdp   sharded
 """
 import math
@@ -54,8 +54,9 @@ class TrainConfig(GPTConfig):
     # base hyperparameters of the optimizer
     learning_rate: float = 4e-3            # peak
     weight_decay: float = 0.0              # PyTorch's: a step shrinks weights by lr * weight_decay
-    weight_decay_mode: str = 'coupled'     # coupled; independent: a step shrinks weights by weight_decay, at the base
-    tau_ema: float = 0.0                   # > 0 sets weight_decay = 1 / (tau_ema * learning_rate * steps)
+    weight_decay_mode: str = 'coupled'     # coupled; independent: by weight_decay itself, whatever the learning rate
+    tau_ema: float = 0.0                   # averaging time of the weights, as a fraction of the run: > 0 sets
+    #                                        weight_decay = 1 / (tau_ema * learning_rate * steps)
     optimizer: str = 'adamw'               # adamw, lion, muon (AdamW for all but hidden matrices), sgd
     muon_mult: float = 5.0                 # Muon's learning rate relative to AdamW's
     beta1: float = 0.9                     # also the momentum of Muon and SGD
@@ -63,7 +64,7 @@ class TrainConfig(GPTConfig):
     eps: float = 1e-8
     grad_clip: float = 1.0                 # largest norm of the whole gradient; 0: no clipping
     skip_grad_norm: float = 0.0            # skip a step whose gradient norm is larger; 0: skip none
-    # batch and duration at which they were tuned: learning_rate, weight_decay, eps and betas follow; 0: they do not
+    # tokens per step and in all at which they were tuned: learning_rate, weight_decay, eps, betas follow; 0: they stay
     base_batch_tokens: int = 0
     base_train_tokens: int = 0
     # schedule: a factor on every learning rate
@@ -105,7 +106,7 @@ class TrainConfig(GPTConfig):
         require(self, 'learning_rate', self.learning_rate or not decays,
                 'tau_ema and independent weight decay divide by it, use a value above 0')
         require(self, 'optimizer', self.optimizer != 'sgd' or not self.tau_ema and self.weight_decay_mode == 'coupled',
-                'it decays through its momentum, tau_ema and independent weight decay are for the others')
+                'its decay is coupled, leave tau_ema and weight_decay_mode out')
         require(self, 'optimizer', self.optimizer == 'adamw' or not (self.base_batch_tokens or self.base_train_tokens),
                 'base_batch_tokens and base_train_tokens have rules for adamw only, leave them at 0')
         require(self, 'optimizer', self.optimizer != 'muon' or self.parallel == 'ddp',
@@ -118,7 +119,7 @@ class TrainConfig(GPTConfig):
 # -----------------------------------------------------------------------------
 # Arithmetic on the keys
 def lr_fraction(config, step, steps):
-    """Fraction of the peak learning rate at `step` of `steps`; never zero."""
+    """Fraction of the peak learning rate at `step` of `steps`, above zero at every step that is taken."""
     warmup = round(config.warmup_frac * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -142,10 +143,10 @@ def rescaled(config, steps):
     c, tokens = config, steps * config.batch_tokens
     batch_ratio = c.batch_tokens / (c.base_batch_tokens or c.batch_tokens)
     duration_ratio = tokens / (c.base_train_tokens or tokens)
-    lr, decay, eps, one_minus_beta = length_rules(batch_ratio, duration_ratio)
+    lr, decay, eps, beta_factor = length_rules(batch_ratio, duration_ratio)
     for key in sorted(('beta1', 'beta2'), key=lambda key: getattr(c, key)):  # the smaller beta reaches 0 first
         largest = 1 / (1 - getattr(c, key))
-        if one_minus_beta > max(1, largest * (1 - 1e-9)):
+        if beta_factor > max(1, largest * (1 - 1e-9)):  # 1 - beta would exceed 1
             raise UserError(f'batch_tokens is {batch_ratio:g} and the duration {duration_ratio:g} times the base: '
                             f'{key}={getattr(c, key)} has no counterpart there; keep their ratio below {largest:g}')
     learning_rate, weight_decay = c.learning_rate * lr, c.weight_decay * decay
@@ -154,8 +155,8 @@ def rescaled(config, steps):
     if c.tau_ema:
         weight_decay = 1 / (c.tau_ema * learning_rate * steps)
     return replace(c, learning_rate=learning_rate, weight_decay=weight_decay, tau_ema=0.0, weight_decay_mode='coupled',
-                   eps=c.eps * eps, beta1=c.beta1 + (1 - c.beta1) * (1 - one_minus_beta),
-                   beta2=c.beta2 + (1 - c.beta2) * (1 - one_minus_beta))
+                   eps=c.eps * eps, beta1=c.beta1 + (1 - c.beta1) * (1 - beta_factor),
+                   beta2=c.beta2 + (1 - c.beta2) * (1 - beta_factor))
 
 
 def make_optimizer(model, rates, device_type):
@@ -186,10 +187,8 @@ def split_batch(config, world_size):
 # -----------------------------------------------------------------------------
 # The model and one optimizer step
 def build_model(config, data, saved=None):
-    """A new model, or GPT-2, or one for the checkpoint whose state is `saved`; those two must fit config and dataset.
-
-    A model that will be sharded is on the meta device, without weights.
-    """
+    """A new model, on the meta device if it will be sharded. GPT-2, or a checkpoint whose state is `saved`, must fit
+    the config and the dataset."""
     c, tokenizer, differ = config, data.meta, []
     vocab_size = c.vocab_size or data.vocab_size
     shape = GPTConfig.of(c, vocab_size=vocab_size,
@@ -222,11 +221,12 @@ def micro_losses(replica, data, starts, batch_size, block_size, machine):
     """Yield the loss of one micro-batch after another; they add up to the mean over the sequences at `starts`."""
     for first in range(0, len(starts), batch_size):
         inputs, targets = data.batch('train', starts[first:first + batch_size], block_size, machine.device)
+        # DDP averages gradients in the last backward only; no_sync must be on around forward and backward
         syncs = first + batch_size >= len(starts) or not isinstance(replica, DistributedDataParallel)
-        with nullcontext() if syncs else replica.no_sync():  # average gradients over the ranks once, at the end
+        with nullcontext() if syncs else replica.no_sync():
             with machine.autocast():
                 loss = replica(inputs, targets)[1] / (len(starts) // batch_size)
-            yield loss  # its backward runs here, inside no_sync and outside autocast
+            yield loss  # update() runs its backward now, inside no_sync and outside autocast
 
 
 def update(model, optimizer, losses, grad_clip=0.0, skip_grad_norm=0.0, scaler=None):
@@ -250,7 +250,7 @@ def update(model, optimizer, losses, grad_clip=0.0, skip_grad_norm=0.0, scaler=N
     scaler_may_recover = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
     diverged = not (scaler_may_recover or math.isfinite(loss) and math.isfinite(grad_norm))
     if not diverged:
-        if not grad_norm > (skip_grad_norm or math.inf):
+        if not grad_norm > (skip_grad_norm or math.inf):  # also for nan, which float16's scaler handles
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -279,8 +279,8 @@ def evaluate(model, data, config, batch_size, machine):
 def train(config, stop=None):
     """Train as the config says. Returns a summary, which is also written to out_dir/summary.json unless out_dir is ''.
 
-    A run that diverges returns normally, with diverged_at = the step that was not taken. So does a run that `stop`, a
-    StopSignals, stops, with stopped_by = the signal; it saves its state but no summary.
+    A run that diverges returns normally, with diverged_at = the step that was not taken. A run that is stopped through
+    `stop`, a StopSignals, returns normally, too, with stopped_by = the signal; it saves its state but no summary.
     """
     machine = set_up(config.device, config.dtype)
     rank, world_size = parallel.rank_and_world_size()
@@ -307,7 +307,7 @@ def train(config, stop=None):
             folder.save(step, model, optimizer, tokens=step * c.batch_tokens, best_val_loss=best_val_loss,
                         scaler=scaler.state_dict(), config=asdict(c), model_config=asdict(model.config), meta=data.meta)
 
-        # at step k, the loss of batch k and the validation loss belong to the weights after k updates
+        # at step k, the loss of batch k and the validation loss belong to the weights before that step
         val_loss, loss, grad_norm, diverged_at, stopped_by, skipped_steps = math.inf, math.nan, math.nan, None, 0, 0
         started = time.perf_counter()
         model.train()
@@ -353,13 +353,13 @@ def train(config, stop=None):
             if math.isfinite(grad_norm) and grad_norm > c.skip_grad_norm > 0:
                 skipped_steps += 1
                 say(f'step {step} skipped: gradient norm {grad_norm:.4g} is above skip_grad_norm={c.skip_grad_norm:g}')
-            folder.raise_if_failed()
+            folder.raise_if_failed()  # the checkpoint that is written in the background
 
             # ---- log
             throughput.end_step()
             if step % c.log_interval == 0:
                 row.update(loss=loss, lr=rates.learning_rate * fraction, grad_norm=grad_norm, **throughput.read())
-            folder.write_row(row)
+            folder.write_row(row)  # if there is more in it than its step
 
         summary = dict(
             val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,

@@ -32,7 +32,6 @@ from nanop.errors import UserError
 from nanop.files import write_csv
 
 PROBE = -1  # loss_fn(PROBE) is the loss on the probe batch, loss_fn(0) that on the first training batch, and so on
-OF_MODULES = ('activation', 'change', 'distance')  # quantities of modules; the others are of weights
 
 # -----------------------------------------------------------------------------
 # Measuring one model
@@ -318,7 +317,7 @@ class CoordinateReport:
         several layers, the one that is worst in the treatment is shown. Returns the path."""
         from PIL import Image  # comes with matplotlib
         models = dict(reversed([*zip(self.names, (self.treatment, self.control))]))  # the control on the left
-        shown = [line for line in self.treatment if line.quantity in OF_MODULES]
+        shown = [line for line in self.treatment if line.quantity in ('activation', 'change', 'distance')]
         if not shown:
             raise UserError('neither modules nor blocks were measured: there is nothing to plot')
         quantities = list(dict.fromkeys(line.quantity for line in shown))

@@ -190,7 +190,7 @@ def test_a_batch_without_betas_is_an_error(changes, message):
      "independent weight decay divide by it"),
     (dict(optimizer='lion', base_batch_tokens=8192), "base_train_tokens have rules for adamw only"),
     (dict(base_batch_tokens=8192), 'base_batch_tokens=8192 is not allowed: it needs a duration in tokens'),
-    (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' is not allowed: it decays through its momentum"),
+    (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' is not allowed: its decay is coupled"),
     (dict(optimizer='muon', parallel='fsdp'), "it needs whole matrices and parallel='fsdp' shards them"),
 ])
 def test_what_does_not_go_together(changes, message):
