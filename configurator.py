@@ -89,9 +89,10 @@ def read_flag(argument, types, axes=(), switches=()):
 def print_help(defaults):
     """The manual of a script: its docstring, then the source of its keys."""
     print(inspect.getsource(sys.modules[defaults.__module__]).split('"""')[1].strip() + '\n')
-    for keys in defaults.__mro__[::-1]:
-        if is_dataclass(keys):
-            print(inspect.getsource(keys).split('\n    def __post_init__')[0] + '\n')
+    classes = [keys for keys in defaults.__mro__[::-1] if is_dataclass(keys)]
+    print('The keys and their defaults' + '; where two classes have a key, the lower one counts' * (len(classes) > 1))
+    for keys in classes:
+        print(inspect.getsource(keys).split('\n    def __post_init__')[0] + '\n')
 
 
 def configure(defaults, argv, axes=None, switches=()):
