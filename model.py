@@ -2,8 +2,8 @@
 A GPT whose hyperparameters transfer: tune a small model, train a wide, deep or sparse one with the same values.
 
 Read from top to bottom: the rules of the papers (the whole method), the config, then nanoGPT's GPT with the same
-module names. The rules act in five places: CausalSelfAttention.logit_mult, Block.forward, GPT.init_weights, GPT.unembed
-and GPT.configure_optimizers.
+module names. The rules act in CausalSelfAttention.logit_mult, Block.forward, GPT.init_weights, GPT.unembed and
+GPT.configure_optimizers.
 
     B batch    T time    C n_embd    H n_head    D head_dim    V vocab_size
 
@@ -32,7 +32,7 @@ from nanop.optimizers import optimizer_by_name
 # -----------------------------------------------------------------------------
 # The rules
 class ScalesWith(NamedTuple):
-    """1: the parameterization scales with this ratio to the base. 0: it ignores the ratio (ratio ** 0 = 1)."""
+    """1: it scales with this ratio to the base (width: and head size). 0: it ignores the ratio (ratio ** 0 = 1)."""
     width: int
     depth: int
     density: int
@@ -43,7 +43,7 @@ class ScalesWith(NamedTuple):
 PARAMETERIZATIONS = {
     #                             width depth density gpt2_init alpha
     'gpt2':            ScalesWith(0,    0,    0,      1,        1.0),  # nanoGPT, for comparison
-    'sp':              ScalesWith(0,    0,    0,      0,        1.0),  # standard parameterization, SP in Table 1
+    'sp':              ScalesWith(0,    0,    0,      0,        1.0),  # standard, column SP of Table 1
     'mup':             ScalesWith(1,    0,    0,      0,        1.0),  # arXiv:2203.03466
     'depth_mup':       ScalesWith(1,    1,    0,      0,        0.5),  # arXiv:2505.01618 with alpha = 1/2
     'completep':       ScalesWith(1,    1,    0,      0,        1.0),  # arXiv:2505.01618
@@ -66,10 +66,10 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'
     """The factors for every role, for AdamW: Table 1 of arXiv:2505.01618, version 4. eps follows the gradient's size.
 
     rho acts on init and lr as in arXiv:2405.15743; on weight decay by our derivation, to keep lr * weight_decay.
-    Q K^T: the paper scales by 1/n_embd, its code by 1/head_dim; ours is 1/sqrt(head_dim) at the base and falls as
-    1/head_dim from there, so that at the base all parameterizations are the same model.
-    muon: Table 4 of arXiv:2603.00541. unembed_form='weights' moves the factor on the logits into the unembedding's
-    weights, as Table 1 of arXiv:2512.22382 does; under Adam training is the same.
+    Q K^T: CompleteP's paper scales by 1/n_embd, its code by 1/head_dim; ours is 1/sqrt(head_dim) at the base and falls
+    as 1/head_dim from there, so that a dense base is the same model under all parameterizations but gpt2, whose
+    proj_std is 1/sqrt(2 n_layer). muon: Table 4 of arXiv:2603.00541. unembed_form='weights' moves the factor on the
+    logits into the unembedding's weights, as Table 1 of arXiv:2512.22382 does; under Adam training is the same.
     """
     m_in = m_N * rho                 # fan-in ratio: inputs of a hidden unit, relative to the base
     std = m_in ** -0.5               # keeps pre-activations at their size
@@ -81,7 +81,7 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'
         # role                    init_std         lr               weight_decay  eps           forward  muon
         'embedding':         Rule(1.0,             1.0,             1.0,          1 / m_N,      1.0),
         'block_norm':        Rule(0.0,             block_lr,        0.0,          branch / m_N, 1.0),
-        'qk_norm':           Rule(0.0,             block_lr,        0.0,          branch,       1.0),  # heads add up
+        'qk_norm':           Rule(0.0,             block_lr,        0.0,          branch,       1.0),  # sums over heads
         'hidden_weight':     Rule(std,             block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
         'residual_proj':     Rule(std * proj_std,  block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
         'hidden_bias':       Rule(0.0,             block_lr,        0.0,          branch / m_N, 1.0),
@@ -95,7 +95,7 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'
 
 def length_rules(batch_ratio, duration_ratio):
     """Factors on AdamW's (lr, weight decay, eps, 1 - beta), in every role, for another batch size or duration (tokens)
-    than the base's. They keep the noise of a whole run: Table 1 of arXiv:2512.22382."""
+    than the base's. They keep the gradient noise of a whole run: Table 1 of arXiv:2512.22382."""
     ratio = batch_ratio / duration_ratio
     return ratio ** 0.5, ratio ** 0.5, ratio ** -0.5, ratio
 
@@ -414,5 +414,5 @@ class GPT(nn.Module):
         return optimizer_by_name(optimizer, list(groups.values()), learning_rate, betas, eps, device_type)
 
     def num_params(self):
-        """Number of trained parameters, including embeddings and masked weights."""
+        """Number of parameters without the masks; weights that a mask sets to zero count."""
         return sum(p.numel() for _, p in self.weights())

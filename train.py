@@ -54,8 +54,8 @@ class TrainConfig(GPTConfig):
     # base hyperparameters of the optimizer
     learning_rate: float = 4e-3            # peak
     weight_decay: float = 0.0              # PyTorch's: a step shrinks weights by lr * weight_decay
-    weight_decay_mode: str = 'coupled'     # coupled; independent: by weight_decay itself, whatever the learning rate
-    tau_ema: float = 0.0                   # averaging time of the weights, as a fraction of the run: > 0 sets
+    weight_decay_mode: str = 'coupled'     # coupled (by lr * weight_decay), independent (by weight_decay, at the peak)
+    tau_ema: float = 0.0                   # > 0: weights average their updates over this fraction of the run, by
     #                                        weight_decay = 1 / (tau_ema * learning_rate * steps)
     optimizer: str = 'adamw'               # adamw, lion, muon (AdamW for all but hidden matrices), sgd
     muon_mult: float = 5.0                 # Muon's learning rate relative to AdamW's
@@ -64,7 +64,7 @@ class TrainConfig(GPTConfig):
     eps: float = 1e-8
     grad_clip: float = 1.0                 # largest norm of the whole gradient; 0: no clipping
     skip_grad_norm: float = 0.0            # skip a step whose gradient norm is larger; 0: skip none
-    # tokens per step and in all at which they were tuned: learning_rate, weight_decay, eps, betas follow; 0: they stay
+    # batch and duration of the tuning run: length_rules rescale learning_rate, weight_decay, eps and betas; 0: do not
     base_batch_tokens: int = 0
     base_train_tokens: int = 0
     # schedule: a factor on every learning rate
@@ -166,7 +166,7 @@ def make_optimizer(model, rates, device_type):
 
 
 def split_batch(config, world_size):
-    """(sequences per step, sequences per step and rank, micro-batches per step)."""
+    """(sequences per step, sequences per step and rank, micro-batches per step and rank)."""
     c = config
     sequences, rest = divmod(c.batch_tokens, c.block_size)
     if rest or not sequences:
@@ -187,8 +187,8 @@ def split_batch(config, world_size):
 # -----------------------------------------------------------------------------
 # The model and one optimizer step
 def build_model(config, data, saved=None):
-    """A new model, on the meta device if it will be sharded. GPT-2, or a checkpoint whose state is `saved`, must fit
-    the config and the dataset."""
+    """A model with fresh weights, on the meta device if it will be sharded, or GPT-2. GPT-2, or the checkpoint whose
+    state is `saved` and whose weights come later, must fit the config and the dataset."""
     c, tokenizer, differ = config, data.meta, []
     vocab_size = c.vocab_size or data.vocab_size
     shape = GPTConfig.of(c, vocab_size=vocab_size,
@@ -277,7 +277,7 @@ def evaluate(model, data, config, batch_size, machine):
 # -----------------------------------------------------------------------------
 # The run
 def train(config, stop=None):
-    """Train as the config says. Returns a summary, which is also written to out_dir/summary.json unless out_dir is ''.
+    """Train as the config says. Returns a summary, which is also written to out_dir/summary.json, if it is written to.
 
     A run that diverges returns normally, with diverged_at = the step that was not taken. A run that is stopped through
     `stop`, a StopSignals, returns normally, too, with stopped_by = the signal; it saves its state but no summary.
@@ -292,7 +292,7 @@ def train(config, stop=None):
         # ---- model and optimizer
         model = build_model(config, data, folder.saved)
         c = replace(config, **asdict(model.config))  # with the values that are the dataset's, or GPT-2's
-        parallel.prepare(model, c, machine)  # recompute, compile, shard
+        parallel.prepare(model, c, machine)  # to the device; recompute, compile, shard
         steps = num_steps(c, model.num_params())
         rates = rescaled(c, steps)
         optimizer = make_optimizer(model, rates, machine.device.type)
