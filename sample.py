@@ -59,7 +59,8 @@ def main():
     for number in range(c.num_samples):
         if c.num_samples > 1:
             print(f'--- sample {number + 1}')
-        print_sample(model, tokenizer, start, c.max_new_tokens, c.temperature, c.top_k, c.seed + number, machine.dtype)
+        with machine.autocast():
+            print_sample(model, tokenizer, start, c.max_new_tokens, c.temperature, c.top_k, c.seed + number)
 
 
 if __name__ == '__main__':

@@ -156,12 +156,12 @@ def reading(path):
         raise user_error(error, f"'{path}' cannot be read", 'remove it to go on from the one before') from None
 
 
-def load_tensors(path, tensors, alone=False):
-    """Fill `tensors`, as of tensors_of(), from a checkpoint, on all ranks at once or on this rank `alone`."""
+def load_tensors(path, tensors):
+    """Fill `tensors`, as of tensors_of(), from a checkpoint, on all ranks at once."""
     reader = HuggingFaceStorageReader(str(path))
     with reading(path):
         reader.read_metadata()  # a damaged file fails here in one line, in load() in many
-        dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def restore(path, model, optimizer):
@@ -174,11 +174,12 @@ def restore(path, model, optimizer):
 def load_weights(out_dir):
     """(weights, state) of the newest checkpoint: whole tensors by name on the CPU, however many processes trained."""
     path, state = newest(out_dir)
+    reader = HuggingFaceStorageReader(str(path))
     with reading(path):
-        held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    weights = {name.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in held.items() if name.startswith('model.')}
-    load_tensors(path, dict(model=weights), alone=True)
+        held = reader.read_metadata().state_dict_metadata
+        weights = {name.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
+                   for name, entry in held.items() if name.startswith('model.')}
+        dcp.load(dict(model=weights), storage_reader=reader, no_dist=True)  # on this rank alone
     return weights, state
 
 

@@ -79,16 +79,16 @@ class Dataset:
     def read_ids(self, split, start, num_tokens):
         """`num_tokens` ids from position `start`. If the file has shrunk, a memory map would kill the process here."""
         ids, file = np.empty(num_tokens, self.dtype), self.files[split]
-        with explained(OSError, f"'{file.name}' cannot be read any more", 'go on with --init_from=resume when it can'):
-            file.seek(int(start) * self.dtype.itemsize)
-            missing = ids.nbytes - file.readinto(ids)
-        if missing:
+        file.seek(int(start) * self.dtype.itemsize)
+        if file.readinto(ids) < ids.nbytes:
             raise UserError(f"'{file.name}' has become shorter: restore it, then go on with --init_from=resume")
         return ids
 
     def batch(self, split, starts, block_size, device):
         """Inputs and targets of the sequences that begin at `starts`, (B, T) int64 each."""
-        ids = np.stack([self.read_ids(split, start, block_size + 1) for start in starts]).astype(np.int64)
+        with explained(OSError, f"'{self.files[split].name}' cannot be read any more",
+                       'go on with --init_from=resume when it can'):
+            ids = np.stack([self.read_ids(split, start, block_size + 1) for start in starts]).astype(np.int64)
         if ids.max() >= self.real_vocab_size:
             raise UserError(f"'{self.folder}/{split}.bin' holds id {ids.max()}, outside its vocabulary of "
                             f'{self.real_vocab_size}: prepare it again')

@@ -50,14 +50,13 @@ def stream(model, ids, max_new_tokens, temperature=1.0, top_k=None, generator=No
         yield new
 
 
-def print_sample(model, tokenizer, start, max_new_tokens, temperature=0.8, top_k=200, seed=1337, dtype=torch.float32):
+def print_sample(model, tokenizer, start, max_new_tokens, temperature=0.8, top_k=200, seed=1337):
     """Print `start` and then max_new_tokens tokens as they come."""
     device = next(model.parameters()).device
     prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span several tokens
     print(start, end='', flush=True)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for token in stream(model, prompt, max_new_tokens, temperature, top_k, generator):
-            print(decoder.decode(tokenizer.token_bytes(token.item())), end='', flush=True)
+    for token in stream(model, prompt, max_new_tokens, temperature, top_k, generator):
+        print(decoder.decode(tokenizer.token_bytes(token.item())), end='', flush=True)
     print(decoder.decode(b'', final=True))

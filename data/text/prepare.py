@@ -18,7 +18,7 @@ from glob import glob
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from nanop.errors import UserError, exit_on_user_error, explained, import_optional  # noqa: E402
+from nanop.errors import UserError, exit_on_user_error, explained, first_line, import_optional  # noqa: E402
 from nanop.tokenizer import CharTokenizer, get_tokenizer  # noqa: E402
 from nanop.write_dataset import PIECE_CHARS, write_dataset  # noqa: E402
 
@@ -68,9 +68,11 @@ def rows(path, column):
     if path.removesuffix('.gz').endswith('.jsonl'):
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
-                with explained((ValueError, KeyError, TypeError), f"'{path}', line {number}: {problem}", use):
+                try:
                     if line.strip():
                         yield str(json.loads(line)[column])
+                except (ValueError, KeyError, TypeError) as error:  # explained() would cost every line
+                    raise UserError(f"'{path}', line {number}: {problem} ({first_line(error)}): {use}") from None
         return
     pyarrow, parquet = (import_optional(name, f"'{path}'", 'pyarrow') for name in ('pyarrow', 'pyarrow.parquet'))
     with explained((KeyError, pyarrow.ArrowException), f"'{path}': {problem}", use):
