@@ -214,7 +214,8 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr('bench.why_not_compile', lambda device: 'not in this test')
     monkeypatch.chdir(peer)  # so that `import model` would find the peer's in the working directory
     config = TrainConfig(dataset=data_dir, **TINY)
-    rows = bench_step(config, BenchConfig(peer='.', turns=3, turn_s=0.02))
+    # a turn of many steps: in a few of them, next to other tests, one part can take all of a pause
+    rows = bench_step(config, BenchConfig(peer='.', turns=3, turn_s=0.3))
     assert [row['contestant'] for row in rows] == ['nanoP', 'nanoP without its rules', 'its products alone',
                                                   'peer, float32']
     assert fits_results('steps', rows)
