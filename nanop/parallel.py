@@ -71,20 +71,27 @@ def join_processes(device, timeout_s):
     dist.init_process_group('cpu:gloo,cuda:nccl', **group, device_id=torch.device(device))
 
 
+def leave_processes():
+    if dist.is_initialized():
+        gc.collect()  # DDP's cycles hold the group: without this its threads can outlive it and abort the process
+        dist.destroy_process_group()
+
+
 @contextmanager
 def processes(device, timeout_s):
     """While entered, this process is part of torchrun's group, if there is one."""
     try:
         join_processes(device, timeout_s)
         yield
+    except UserError:
+        leave_processes()
+        raise
     except Exception as error:
         if not lost_contact(error):
             raise
         raise UserError(f'lost contact with another process ({first_line(error)}): see what became of it, or raise '
                         'timeout_s; --init_from=resume goes on from the last checkpoint') from None
-    if dist.is_initialized():
-        gc.collect()  # DDP's cycles hold the group: without this its threads can outlive it and abort the process
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def lost_contact(error):

@@ -88,7 +88,7 @@ def kill_often(config, stress):
             wait_for(lambda: False, process, rng.uniform(0, stress.latest_s))
             if number % 3 == 2:
                 wait_for(lambda: any(out_dir.glob('ckpt_*.tmp')), process, 10)
-                wait_for(lambda: False, process, rng.uniform(0, 0.02))
+                wait_for(lambda: False, process, rng.uniform(0, 0.005))  # a write takes little longer
             process.kill()
         process.join()
         if number < stress.kills:
