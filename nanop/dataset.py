@@ -1,5 +1,6 @@
 """Reads datasets: folders of token ids, train.bin and val.bin, with a meta.json (written by nanop/write_dataset.py)."""
 import json
+import math
 import os
 import runpy
 from pathlib import Path
@@ -24,6 +25,15 @@ def open_dataset(name):
     return Dataset(name)
 
 
+def content_differs(meta, other):
+    """How the content of one dataset's meta differs from another's, a list of texts. Older ones name less of it."""
+    def short(value):
+        return f'{value[:12]}..' if isinstance(value, str) else str(value)
+    keys = ('data_sha256', 'source_sha256', 'train_tokens', 'val_tokens')
+    return [f'{key} is {short(meta[key])}, not {short(other[key])}' for key in keys
+            if key in meta and key in other and meta[key] != other[key]]
+
+
 class Dataset:
     """The token ids of data/NAME, or of a folder given by its whole path, and batches of them."""
 
@@ -36,22 +46,24 @@ class Dataset:
             self.dtype = np.dtype({'uint16': np.uint16, 'uint32': np.uint32}[self.meta['dtype']])
             self.vocab_size, self.real_vocab_size = int(self.meta['vocab_size']), int(self.meta['real_vocab_size'])
             self.bytes_per_token = float(self.meta['bytes_per_token'])
+            if not 0 < self.bytes_per_token < math.inf:
+                raise ValueError(f'bytes_per_token={self.bytes_per_token}')
             self.tokenizer_name = str(self.meta['tokenizer'])
             self.num_tokens = {split: int(self.meta[f'{split}_tokens']) for split in ('train', 'val')}
         except FileNotFoundError:
-            raise UserError(f"no dataset in '{self.folder}' (no meta.json): {again}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{self.folder}/meta.json' cannot be read ({error}): {again}") from None
+            raise UserError(f'no dataset in {str(self.folder)!r} (no meta.json): {again}') from None
+        except (OSError, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(f"{f'{self.folder}/meta.json'!r} cannot be read ({error}): {again}") from None
         except (KeyError, TypeError) as error:
-            raise UserError(f"'{self.folder}/meta.json' has no usable {error}: {again}") from None
+            raise UserError(f"{f'{self.folder}/meta.json'!r} has no usable {error}: {again}") from None
         self.files = {}
         for split, num_tokens in self.num_tokens.items():
             path = self.folder / f'{split}.bin'
             found = path.stat().st_size if path.is_file() else None
             if found != num_tokens * self.dtype.itemsize or num_tokens < 1:
-                raise UserError(f"'{path}' {'is missing' if found is None else f'has {found:,} bytes'}, meta.json says "
-                                f'{num_tokens * self.dtype.itemsize:,}: {again}')
-            with explained(OSError, f"'{path}' cannot be read"):
+                raise UserError(f"{str(path)!r} {'is missing' if found is None else f'has {found:,} bytes'}, meta.json "
+                                f'says {num_tokens * self.dtype.itemsize:,}: {again}')
+            with explained(OSError, f'{str(path)!r} cannot be read'):
                 self.files[split] = open(path, 'rb', buffering=0)  # closed with the dataset
 
     def tokenizer(self):
@@ -72,9 +84,16 @@ class Dataset:
         """The last position from which block_size inputs and their targets fit."""
         last = self.num_tokens[split] - block_size - 1
         if last < 0:
-            raise UserError(f"'{self.folder}/{split}.bin' has {self.num_tokens[split]:,} tokens, too few for "
+            raise UserError(f"{f'{self.folder}/{split}.bin'!r} has {self.num_tokens[split]:,} tokens, too few for "
                             f'block_size={block_size}: use a smaller block_size or more data')
         return last
+
+    def check_readable(self, eval_tokens, block_size):
+        """Refuse data that is too short, or whose validation tokens cannot be read."""
+        self.last_start('train', block_size)
+        starts = self.val_starts(eval_tokens, block_size)
+        for first in range(0, len(starts), 64):
+            self.batch('val', starts[first:first + 64], block_size, torch.device('cpu'))
 
     def read_ids(self, split, start, num_tokens):
         """`num_tokens` ids from position `start`. If the file has shrunk, a memory map would kill the process here."""
@@ -90,7 +109,7 @@ class Dataset:
                        'go on with --init_from=resume when it can'):
             ids = np.stack([self.read_ids(split, start, block_size + 1) for start in starts]).astype(np.int64)
         if ids.max() >= self.real_vocab_size:
-            raise UserError(f"'{self.folder}/{split}.bin' holds id {ids.max()}, outside its vocabulary of "
+            raise UserError(f"{f'{self.folder}/{split}.bin'!r} holds id {ids.max()}, outside its vocabulary of "
                             f'{self.real_vocab_size}: prepare it again')
         ids = torch.from_numpy(ids)  # (B, T + 1)
         ids = (ids.pin_memory() if device.type == 'cuda' else ids).to(device, non_blocking=True)

@@ -9,6 +9,8 @@ import math
 import sys
 from contextlib import contextmanager
 
+from nanop.terminal import lasting_output
+
 
 class UserError(ValueError):
     """A mistake that the user can mend, in one line."""
@@ -57,14 +59,16 @@ def require_values(config, at_least={}, fractions=(), below_one=(), choices={}):
         require(config, key, getattr(config, key) in allowed, f'use one of {names}')
 
 
-def exit_on_user_error(main, if_stopped='stopped'):
-    """Run main() and exit with the code it returns; with 2 and one line after a UserError; with 130 after Ctrl-C."""
-    try:
-        code = main()
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print(f'\n{if_stopped}', file=sys.stderr)
-        code = 130
+def exit_on_user_error(main, if_stopped='stopped', goes_on=True):
+    """Run main() and exit with the code it returns; with 2 and one line after a UserError; with 130 after Ctrl-C.
+    Unless it `goes_on`, it also ends when its output can no longer be written."""
+    with lasting_output(goes_on):
+        try:
+            code = main()
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print(f'\n{if_stopped}', file=sys.stderr)
+            code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -90,11 +90,17 @@ def write_csv(path, rows, fields=None):
 
 
 def read_csv(path):
-    """The rows of a CSV file as dicts of text. A last row that was cut off is left out; no file gives no rows."""
+    """The rows of a CSV file as dicts of text. A last row that was cut off is left out; no file gives no rows. Raises
+    ValueError for a file that has been changed so that its other rows cannot all be read."""
     if not Path(path).exists():
         return []
-    with open(path, newline='') as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    with open(path, newline='', encoding='utf-8-sig') as file:  # spreadsheets write a byte-order mark
+        rows, reader = [], csv.DictReader(file, strict=True)
+        for row in reader:
+            if rows and None in rows[-1].values() or None in row:
+                raise ValueError(f'line {reader.line_num} has more or fewer values than the header')
+            rows.append(row)
+    return rows[:-1] if rows and None in rows[-1].values() else rows
 
 
 def append_csv(path, rows):

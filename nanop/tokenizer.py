@@ -7,6 +7,8 @@ import numpy as np
 
 from nanop.errors import UserError, explained, import_optional
 
+SHOWN = 100  # characters of a vocabulary in an error
+
 
 class ByteTokenizer:
     """The UTF-8 bytes of the text."""
@@ -33,27 +35,28 @@ class CharTokenizer:
         return cls(''.join(sorted(set(text))))
 
     def encode(self, text):
-        codes = np.frombuffer(text.encode('utf-32-le', errors='replace'), dtype=np.uint32)
+        codes = np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype=np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         unknown = codes[self.codes[ids] != codes]
         if len(unknown):
-            raise UserError(f'character {chr(unknown[0])!r} is not among the {self.vocab_size} in the vocabulary: '
-                            f'{self.chars!r}')
+            shown = f"{self.chars[:SHOWN]!r}{' and so on' if self.vocab_size > SHOWN else ''}"
+            raise UserError(f'character {chr(unknown[0])!r} is not among the {self.vocab_size:,} in the vocabulary, '
+                            f'{shown}: leave it out')
         return ids
 
     def token_bytes(self, token):
-        return self.chars[token].encode()
+        return self.chars[token].encode(errors='replace')
 
 
 class TiktokenTokenizer:
     """An encoding of tiktoken, such as GPT-2's. Text that looks like a special token is encoded as plain text."""
 
     def __init__(self, name):
-        tiktoken = import_optional('tiktoken', f"tokenizer '{name}'")
+        tiktoken = import_optional('tiktoken', f"tokenizer {name!r}")
         known = tiktoken.list_encoding_names()
         if name not in known:
-            raise UserError(f"tokenizer='{name}' is not allowed: use one of byte, char, {', '.join(known)}")
-        with explained(Exception, f"tokenizer '{name}' could not be downloaded",  # whatever the network library raises
+            raise UserError(f"tokenizer={name!r} is not allowed: use one of byte, char, {', '.join(known)}")
+        with explained(Exception, f"tokenizer {name!r} could not be downloaded",  # whatever the network library raises
                        'go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it'):
             self.name, self.encoding = name, tiktoken.get_encoding(name)
         self.vocab_size, self.end_of_text = self.encoding.n_vocab, self.encoding.eot_token
@@ -75,7 +78,12 @@ def get_tokenizer(name, chars=None):
     """The tokenizer called `name`; 'char' needs its `chars`."""
     if name == 'byte':
         return ByteTokenizer()
-    return CharTokenizer(chars) if name == 'char' else TiktokenTokenizer(name)
+    if name != 'char':
+        return TiktokenTokenizer(name)
+    if not (chars and isinstance(chars, str)):
+        raise UserError("tokenizer='char' needs the characters of the text, which are not known here: use byte or an "
+                        'encoding of tiktoken, or prepare your own text with data/text/prepare.py')
+    return CharTokenizer(chars)
 
 
 def prompt_ids(tokenizer, text=''):

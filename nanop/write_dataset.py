@@ -10,12 +10,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
 import urllib.request
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from glob import glob
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,8 @@ from tqdm import tqdm
 
 from nanop.errors import UserError, explained, import_optional
 from nanop.files import write_atomically, write_durably
+from nanop.text_files import PIECE_CHARS, Notes, as_text, find_files
 from nanop.tokenizer import get_tokenizer
-
-PIECE_CHARS = 1 << 20  # about the size of one work item
 
 
 def id_dtype(tokenizer):
@@ -73,7 +74,8 @@ def tokenized(documents, tokenizer, workers):
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
-        pool._call_queue._reader.close()  # before Python 3.11.5 the pool's writer would wait forever: cpython#94777
+        if sys.version_info < (3, 11, 5):  # there the pool's writer would wait forever: cpython#94777
+            pool._call_queue._reader.close()
         raise UserError('a tokenizing process was killed, perhaps for lack of memory: use fewer --workers') from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -106,57 +108,92 @@ def move_tail(source, target, fraction, itemsize):
         tail.truncate(keep)
 
 
-def count_bytes(path, tokenizer):
-    """The UTF-8 bytes of the text that a file of ids stands for; end-of-text tokens count as none."""
+def count_bytes(path, tokenizer, sha256):
+    """The UTF-8 bytes of the text that a file of ids stands for; end-of-text tokens count as none. Adds to a sha256."""
     lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
     if tokenizer.end_of_text is not None:
         lengths[tokenizer.end_of_text] = 0
     total, dtype = 0, id_dtype(tokenizer)
     with open(path, 'rb') as file:
         while chunk := file.read(1 << 24):
+            sha256.update(chunk)
             total += int(lengths[np.frombuffer(chunk, dtype)].sum())
     return total
 
 
+def flush(paths):
+    """Wait until files are on disk."""
+    for path in paths:
+        with open(path, 'rb') as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def signals_raise():
+    """Let SIGTERM and SIGHUP, where nobody handles them, raise SystemExit as Ctrl-C raises KeyboardInterrupt."""
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning up
+        stopped.append(number)
+        raise SystemExit(128 + number)
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    free = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL
+            and threading.current_thread() is threading.main_thread()]
+    stopped = []
+    for number in free:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
+        if stopped:
+            print('stopped', file=sys.stderr)
+
+
 @contextmanager
 def temporary_files(folder):
-    """Make `folder` and yield {split: path of a temporary file in it}. Files that are still there are removed."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = {split: Path(folder) / f'{split}.tmp.{os.getpid()}' for split in ('train', 'val')}
+    """Make `folder` and yield {split: path of a temporary file in it}. In the end, no temporary file is there.
+
+    An error of the file system in here becomes a UserError.
+    """
+    folder = Path(folder)
     try:
-        yield paths
+        with signals_raise(), explained(OSError, f'{str(folder)!r} cannot be written',
+                                        'make room on the disk, or use another folder with --out'):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield {split: folder / f'{split}.tmp.{os.getpid()}' for split in ('train', 'val')}
     finally:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+        for name in ('train', 'val', 'meta') if folder.is_dir() else ():
+            (folder / f'{name}.tmp.{os.getpid()}').unlink(missing_ok=True)
 
 
 def finish_dataset(folder, paths, tokenizer, source, sha256):
     """Make the finished files `paths` the dataset in `folder`, and return its meta. An empty split is refused."""
     dtype, real = id_dtype(tokenizer), tokenizer.vocab_size
     tokens = {split: os.path.getsize(path) // dtype.itemsize for split, path in paths.items()}
-    for split, count in tokens.items():
+    data_sha256 = hashlib.sha256()  # of train.bin and val.bin, one after the other
+    counts = {split: count_bytes(path, tokenizer, data_sha256) for split, path in paths.items()}
+    for split, count in counts.items():
         if not count:
             raise UserError(f'no text for {split}.bin in {source}: use more text or another split')
-    counts = {split: count_bytes(path, tokenizer) for split, path in paths.items()}
     padded = real if real <= 1024 else -(-real // 64) * 64  # matrix products are faster at a multiple of 64
     meta = dict(
         tokenizer=tokenizer.name, dtype=dtype.name, vocab_size=padded, real_vocab_size=real,
         train_tokens=tokens['train'], val_tokens=tokens['val'], train_bytes=counts['train'], val_bytes=counts['val'],
-        bytes_per_token=counts['val'] / tokens['val'], source=source, source_sha256=sha256)
+        bytes_per_token=counts['val'] / tokens['val'], source=source, source_sha256=sha256,
+        data_sha256=data_sha256.hexdigest())
     if tokenizer.name == 'char':
         meta['chars'] = tokenizer.chars
     meta_path = Path(folder) / 'meta.json'
     temporary = meta_path.with_suffix(f'.tmp.{os.getpid()}')
     # all new files are on disk before the old dataset is removed: if the disk is full, the old one stays
     write_durably(temporary, json.dumps(meta, indent=1).encode())
-    for path in paths.values():
-        with open(path, 'rb') as file:
-            os.fsync(file.fileno())
+    flush(paths.values())
     meta_path.unlink(missing_ok=True)  # from here to the last rename there is no dataset, and never half of one
     for split, path in paths.items():
         os.replace(path, Path(folder) / f'{split}.bin')
     os.replace(temporary, meta_path)
-    print(f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, tokenizer "
+    print(f"{str(folder)!r}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, tokenizer "
           f"{tokenizer.name} with {real:,} ids, {meta['bytes_per_token']:.3f} bytes per token")
     return meta
 
@@ -184,24 +221,41 @@ def list_parquet(repo, revision, pattern):
 
 
 def parquet_documents(file, val_every):
-    """Yield (split, text, True) for the rows of a parquet file; one row in `val_every` is for validation."""
+    """Yield (split, value, True) for the rows of a parquet file; one row in `val_every` is for validation."""
     datasets = import_optional('datasets', 'a parquet file')
-    with explained(Exception, f"'{file}' cannot be read",  # whatever the network library or a damaged file raises
+    with explained(Exception, f'{file!r} cannot be read',  # whatever the network library or a damaged file raises
                    'run the command again, finished shards are kept'):
         rows = datasets.load_dataset('parquet', data_files=[file], split='train', streaming=True, columns=['text'])
         for i, row in enumerate(rows):
-            yield 'train' if i % val_every else 'val', row['text'] or '', True
+            yield 'train' if i % val_every else 'val', row['text'], True
 
 
 def write_shard(name, file, tokenizer, workers, val_every):
-    """Tokenize a parquet file to NAME.train and NAME.val unless that is done. Returns (these paths, sha256)."""
+    """Tokenize a parquet file to NAME.train and NAME.val unless that is done. Returns (these paths, sha256, Notes)."""
     paths = {split: name.with_suffix(f'.{split}') for split in ('train', 'val')}
     done = name.with_suffix('.json')  # written last: now the shard is finished
     if not (done.exists() and json.loads(done.read_text())['file'] == file):
-        sha256 = write_tokens(parquet_documents(file, val_every), tokenizer, paths, workers, Path(file).name,
-                              leave=False)
-        write_atomically(done, json.dumps(dict(file=file, sha256=sha256)).encode())
-    return paths, json.loads(done.read_text())['sha256']
+        notes, rows = Notes(), enumerate(parquet_documents(file, val_every), 1)
+        texts = ((split, as_text(value, 'text', f'{file!r}, row {row}', notes), ends)
+                 for row, (split, value, ends) in rows)
+        try:
+            sha256 = write_tokens((text for text in texts if text[1] is not None), tokenizer, paths, workers,
+                                  repr(Path(file).name), leave=False)
+            flush(paths.values())
+            write_atomically(done, json.dumps(dict(file=file, sha256=sha256, notes=notes)).encode())
+        except BaseException:
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            raise
+    done = json.loads(done.read_text())
+    return paths, done['sha256'], done.get('notes', {})
+
+
+def refuse_below_one(**numbers):
+    """Refuse numbers of the command line that are given and below 1."""
+    for key, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f'--{key}={number} is not allowed: use at least 1')
 
 
 def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
@@ -215,28 +269,34 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
     parser.add_argument('--out', default=folder, help='folder to write (default: the folder of this script)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tokenizing processes (default: all cores)')
     args = parser.parse_args(argv)
-    tokenizer = get_tokenizer(args.tokenizer)
-    files = (sorted(glob(args.input)) if args.input else list_parquet(repo, revision, pattern))[:args.shards]
+    refuse_below_one(shards=args.shards, workers=args.workers)
+    tokenizer, notes, shards = get_tokenizer(args.tokenizer), Notes(), []
+    files = list(find_files([args.input], notes).values()) if args.input else list_parquet(repo, revision, pattern)
     if not files:
-        raise UserError(f'no parquet files match {args.input or pattern}')
-    shard_dir = Path(args.out) / 'shards'
-    shard_dir.mkdir(parents=True, exist_ok=True)
-    shards = [write_shard(shard_dir / f'{tokenizer.name}_{i:05d}', file, tokenizer, args.workers, val_every)
-              for i, file in enumerate(tqdm(files, unit='file', desc='shards', disable=None))]
+        raise UserError(f'no parquet files match {pattern}')
+    files, shard_dir = files[:args.shards], Path(args.out) / 'shards'
     with temporary_files(args.out) as merged:
-        for split, target in merged.items():
-            with open(target, 'wb') as out:
-                for paths, _ in shards:
-                    with open(paths[split], 'rb') as file:
-                        shutil.copyfileobj(file, out)
-        sha256 = hashlib.sha256(''.join(sha256 for _, sha256 in shards).encode()).hexdigest()
-        source = f'{args.input or f"{repo}@{revision}"} ({len(files)} files)'
-        meta = finish_dataset(args.out, merged, tokenizer, source, sha256)
-    for paths, _ in shards:
-        for path in (*paths.values(), paths['train'].with_suffix('.json')):
-            path.unlink()
-    if not any(shard_dir.iterdir()):
-        shard_dir.rmdir()
+        shard_dir.mkdir(exist_ok=True)
+        try:
+            for i, file in enumerate(tqdm(files, unit='file', desc='shards', disable=None)):
+                shards.append(write_shard(shard_dir / f'{tokenizer.name}_{i:05d}', file, tokenizer, args.workers,
+                                          val_every))
+                notes.update(shards[-1][2])
+            for split, target in merged.items():
+                with open(target, 'wb') as out:
+                    for paths, _, _ in shards:
+                        with open(paths[split], 'rb') as file:
+                            shutil.copyfileobj(file, out)
+            sha256 = hashlib.sha256(''.join(sha256 for _, sha256, _ in shards).encode()).hexdigest()
+            source = f'{args.input or f"{repo}@{revision}"} ({len(files)} files)'
+            meta = finish_dataset(args.out, merged, tokenizer, source, sha256)
+            for paths, _, _ in shards:
+                for path in (*paths.values(), paths['train'].with_suffix('.json')):
+                    path.unlink()
+        finally:
+            if not any(shard_dir.iterdir()):
+                shard_dir.rmdir()
+    notes.say()
     return meta
 
 
@@ -253,10 +313,11 @@ def write_shakespeare(folder, make_tokenizer, argv=None):
     parser.add_argument('--out', default=folder, help='folder to write (default: the folder of this script)')
     args = parser.parse_args(argv)
     source = args.input or SHAKESPEARE_URL
-    with explained(OSError, f'{source} cannot be read', 'check it, or use a local copy with --input=FILE'):
+    with explained((OSError, HTTPException), f'{source!r} cannot be read',
+                   'check it, or use a local copy with --input=FILE'):
         raw = Path(args.input).read_bytes() if args.input else urllib.request.urlopen(source, timeout=60).read()
     if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f'{source} is not tiny Shakespeare ({len(raw):,} bytes, wrong sha256): use the original text '
+        raise UserError(f'{source!r} is not tiny Shakespeare ({len(raw):,} bytes, wrong sha256): use the original text '
                         'with --input=FILE, or prepare other texts with data/text/prepare.py')
     text = raw.decode()
     cut = int(len(text) * 0.9)

@@ -1,14 +1,22 @@
 """Tests of datasets: tokenizers, preparation against known counts, atomic writes, damaged folders."""
+import builtins
+import bz2
+import codecs
 import errno
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,8 +24,9 @@ import numpy as np
 import pytest
 import torch
 
+from nanop import text_files
 from nanop import write_dataset as writer
-from nanop.dataset import Dataset
+from nanop.dataset import Dataset, content_differs
 from nanop.errors import UserError
 from nanop.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer, prompt_ids
 
@@ -53,7 +62,13 @@ def ids(folder, split):
 
 def text_of(folder, split):
     tokenizer = Dataset(folder).tokenizer()
-    return b''.join(tokenizer.token_bytes(token) for token in ids(folder, split).tolist()).decode()
+    tokens = ids(folder, split).tolist()
+    return b''.join(map(tokenizer.token_bytes, tokens)).decode(errors='surrogateescape')
+
+
+def joined(train, val):
+    """The text of both splits, where a character may be cut in two."""
+    return (train + val).encode(errors='surrogateescape').decode()
 
 
 @pytest.fixture
@@ -94,6 +109,10 @@ def test_unknown_characters_are_named():
     for text, bad in (('abz', 'z'), ('aB', 'B'), ('🙂', '🙂')):
         with pytest.raises(UserError, match=f"character '{bad}' is not among the 3"):
             CharTokenizer('abc').encode(text)
+    many = CharTokenizer(''.join(map(chr, range(32, 5000))))
+    with pytest.raises(UserError, match="character '漢' is not among the 4,968 in the vocabulary") as error:
+        many.encode('a漢')
+    assert len(str(error.value)) < 300 and '\n' not in str(error.value)
 
 
 def test_unknown_tokenizer():
@@ -165,6 +184,12 @@ def test_stdlib(tmp_path):
     assert prepare['prepare'](tmp_path) == meta  # again, over the first one
 
 
+def test_stdlib_has_options(tmp_path, run_script):
+    code, out, _ = run_script('stdlib', '--out', tmp_path / 'out')
+    assert code == 0 and Dataset(tmp_path / 'out').num_tokens['val'] > 0 and str(tmp_path / 'out') in out
+    assert run_script('stdlib', '--nonsense')[0] == 2
+
+
 def test_text_of_every_kind(tmp_path, pyarrow):
     folder = tmp_path / 'in'
     (folder / 'sub').mkdir(parents=True)
@@ -193,15 +218,12 @@ def test_text_splits_off_the_tail(tmp_path):
         assert len(ids(out, 'val')) == pytest.approx(0.2 * len(ids(out, 'train')) / 0.8, abs=2)
 
 
-def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, tmp_path):
+def test_pieces_are_cut_where_tokens_end(gpt2_tokenizer, monkeypatch):
     text = ''.join(f'  indented {i}\n\n\nword,{i}.\n\tend \n \nx{i}\ny   \n' for i in range(200))
-    (tmp_path / 'a.txt').write_text(text)
-    pieces = script('text')['pieces']
     whole = gpt2_tokenizer.encode(text).tolist()
     for size in (50, 64, 100, 333):
-        pieces.__globals__['PIECE_CHARS'] = size
-        with open(tmp_path / 'a.txt') as file:
-            parts = list(pieces(file))
+        monkeypatch.setattr(text_files, 'PIECE_CHARS', size)
+        parts = list(text_files.pieces(text[i:i + size] for i in range(0, len(text), size)))
         assert len(parts) > 5 and ''.join(part for part, _ in parts) == text
         assert [ends for _, ends in parts] == [False] * (len(parts) - 1) + [True]
         assert sum((gpt2_tokenizer.encode(part).tolist() for part, _ in parts), []) == whole
@@ -242,6 +264,334 @@ def test_bad_text(tmp_path, arguments, message, monkeypatch, pyarrow):
         script('text')['prepare']([*arguments, f'--out={out}'])
     assert message in str(error.value) and '\n' not in str(error.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # the old dataset is still there
+
+
+# -----------------------------------------------------------------------------
+# Your own text: which files, what is in them, and what is said about it
+
+TEXT = 'Grüße, 漢字 🙂\r\nsecond line\n' * 40
+BINARY = bytes(range(256)) * 20
+
+
+class WithEndOfText(ByteTokenizer):
+    """Bytes and a token for the end of a document."""
+    name, vocab_size, end_of_text = 'byte and end', 257, 256
+
+    def encode(self, text):
+        return super().encode(text).astype(np.uint16)
+
+    def token_bytes(self, token):
+        return b'<|endoftext|>' if token == 256 else bytes([token])
+
+
+@pytest.fixture
+def prepare_text(tmp_path, monkeypatch, capsys):
+    """A function that runs data/text/prepare.py in `tmp_path`. Returns (training text, validation text, notes)."""
+    monkeypatch.chdir(tmp_path)
+    prepare = script('text')['prepare']
+
+    def prepared(*arguments):
+        prepare([*map(str, arguments), '--out=out'])
+        out, err = capsys.readouterr()
+        notes = err.splitlines()
+        assert out.count('\n') == 1 and all(line.startswith('note: ') for line in notes), (out, err)
+        return text_of(tmp_path / 'out', 'train'), text_of(tmp_path / 'out', 'val'), notes
+    return prepared
+
+
+def refusal(prepare_text, *arguments):
+    """The error of a preparation, which must be one line and leave no temporary file."""
+    with pytest.raises(UserError) as error:
+        prepare_text(*arguments)
+    assert '\n' not in str(error.value) and not list(Path('out').glob('*.tmp*'))
+    return str(error.value)
+
+
+@pytest.fixture
+def spelled(tmp_path):
+    """A function that makes a file in `tmp_path` again, under another spelling of its path."""
+    def spell(path, how):
+        linked = Path('linked')
+        if how == 'link':
+            linked.symlink_to(path)
+        elif how == 'hard link':
+            os.link(path, linked)
+        elif how == 'linked folder':
+            linked.symlink_to(Path(path).parent)
+        return {'dot': f'./{path}', 'slashes': path.replace('/', '//'), 'absolute': str(tmp_path / path),
+                'up': f'corpus/../{path}', 'linked folder': f'linked/{Path(path).name}'}.get(how, 'linked')
+    return spell
+
+
+SPELLINGS = ['dot', 'slashes', 'absolute', 'up', 'link', 'hard link', 'linked folder']
+
+
+@pytest.mark.parametrize('how', SPELLINGS)
+def test_a_file_is_one_file_however_it_is_spelled(tmp_path, prepare_text, spelled, how):
+    (tmp_path / 'corpus').mkdir()
+    for name in 'abv':
+        (tmp_path / 'corpus' / f'{name}.txt').write_text(f'{name} text\n')
+    again = spelled('corpus/v.txt', how)
+    train, val, notes = prepare_text('corpus', '--val', again)
+    assert (train, val) == ('a text\nb text\n', 'v text\n')
+    assert len(notes) == 1 and 'both splits' in notes[0] and ': 1 ' in notes[0]
+    train, val, notes = prepare_text('corpus', again, 'corpus/v.txt')
+    assert train + val == 'a text\nb text\nv text\n'
+    assert len(notes) == 1 and 'count once: 2 ' in notes[0]
+
+
+def test_all_files_in_both_splits(tmp_path, prepare_text):
+    (tmp_path / 'a.txt').write_text('a')
+    assert 'also given with --val' in refusal(prepare_text, 'a.txt', '--val', './a.txt')
+
+
+def test_what_folders_leave_out_is_said(tmp_path, prepare_text, monkeypatch):
+    corpus, elsewhere = tmp_path / 'corpus', tmp_path / 'elsewhere'
+    for name in ('a.txt', '._a.txt', '.venv/lib.py', 'sub/.ipynb_checkpoints/a.md', '__pycache__/x.py',
+                 '__MACOSX/y.txt', 'photo.jpg', 'sub/b.TXT', 'sub/data.json', 'c.Py.XZ', '../elsewhere/d.md'):
+        path = corpus / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(lzma.compress(b'c\n') if name.endswith('XZ') else f'{path.stem}\n'.encode())
+    (corpus / 'sub' / 'elsewhere').symlink_to(elsewhere)
+    (elsewhere / 'back').symlink_to(corpus)
+    (corpus / 'sub' / 'up').symlink_to('../..')
+    (corpus / 'twin').symlink_to('sub')
+    (corpus / 'broken.txt').symlink_to('nowhere')
+    os.mkfifo(corpus / 'pipe.txt')
+    train, val, notes = prepare_text('corpus')
+    assert sorted((train + val).split()) == ['a', 'b', 'c', 'd']
+    found = {key: next((line for line in notes if key in line), None)
+             for key in ('hidden', 'other suffixes', 'links to folders', 'broken links')}
+    assert {key: int(line.split(': ')[2].split()[0]) for key, line in found.items()} == {
+        'hidden': 5, 'other suffixes': 2, 'links to folders': 3, 'broken links': 2} and len(notes) == 4, notes
+    assert "'corpus/" in found['hidden'] and 'photo.jpg' in found['other suffixes']
+    monkeypatch.chdir(corpus)
+    for folder in ('.', '..', '../corpus/', 'sub/..', 'sub/up'):
+        files = dict.fromkeys(text_files.find_files([folder], text_files.Notes()).values(), 'train')
+        texts = [text for _, text, _ in text_files.documents(files, 'text', '', text_files.Notes())]
+        assert sorted(''.join(texts).split()) == ['a', 'b', 'c', 'd'], folder
+
+
+@pytest.mark.parametrize('name', ['.hidden.txt', '.hidden/a.txt', '__pycache__/a.py', 'a.weird', 'no_suffix'])
+def test_what_is_given_by_name_is_read(tmp_path, prepare_text, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('some text')
+    assert ''.join(prepare_text(name)[:2]) == 'some text'
+    if '/' in name:
+        assert ''.join(prepare_text(Path(name).parent)[:2]) == 'some text'
+    assert ''.join(prepare_text(f'{name[:-2]}*')[:2]) == 'some text'
+
+
+@pytest.mark.parametrize('name', ['pipe', 'broken', 'empty', 'other'])
+def test_nothing_to_read(tmp_path, prepare_text, name):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'broken').symlink_to('nowhere')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'x.csv').write_text('a,b')
+    message = dict(other='other suffixes', empty='matches no file').get(name, 'is a broken link, a pipe or a device')
+    assert message in refusal(prepare_text, name)
+
+
+READABLE = {
+    'a.txt': TEXT.encode(), 'UPPER.TXT': TEXT.encode(), 'A.TXT.GZ': gzip.compress(TEXT.encode()),
+    'a.bz2': bz2.compress(TEXT.encode()), 'a.Md.Xz': lzma.compress(TEXT.encode()),
+    'a.lzma': lzma.compress(TEXT.encode(), lzma.FORMAT_ALONE), 'gzip.txt': gzip.compress(TEXT.encode()),
+    'gzip.bz2': gzip.compress(TEXT.encode()), 'bz2.txt': bz2.compress(TEXT.encode()),
+    'members.gz': gzip.compress(TEXT[:3].encode()) + gzip.compress(TEXT[3:].encode()),
+    'utf8.txt': TEXT.encode('utf-8-sig'), 'utf16.txt': TEXT.encode('utf-16'), 'utf32.txt': TEXT.encode('utf-32'),
+    'be16.txt': codecs.BOM_UTF16_BE + TEXT.encode('utf-16-be'), 'utf16.gz': gzip.compress(TEXT.encode('utf-16')),
+    'be32.txt': codecs.BOM_UTF32_BE + TEXT.encode('utf-32-be'),
+    'real\ufffd.txt': TEXT.encode(), 'new\nline.txt': TEXT.encode(), "it's.txt": TEXT.encode(),
+    **{name: (f'{json.dumps(dict(text=TEXT[:9]))}\r\n\r\n{json.dumps(dict(x=1, text=TEXT[9:]))}').encode(encoding)
+       for name, encoding in {'X.JSONL': 'utf-8', 'x.ndjson': 'utf-8-sig', 'x.json': 'utf-16'}.items()},
+    'x.json.Gz': gzip.compress(json.dumps(dict(text=TEXT)).encode())}
+
+
+@pytest.mark.parametrize('name', READABLE)
+def test_what_can_be_read_is_read(tmp_path, prepare_text, name):
+    (tmp_path / name).write_bytes(READABLE[name])
+    for tokenizer in ('byte', 'char'):
+        train, val, notes = prepare_text(name, '--val', name) if 'val' in name else prepare_text(
+            name, '--val_frac=0.0005', f'--tokenizer={tokenizer}')
+        assert joined(train, val) == TEXT and not notes
+
+
+def zipped():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+        archive.writestr('a.txt', TEXT)
+    return file.getvalue()
+
+
+def tarred():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode='w') as archive:
+        archive.addfile(tarfile.TarInfo('a.txt'))
+    return file.getvalue()
+
+
+REFUSED = {
+    'zip.txt': (zipped(), 'zip archive'), 'book.EPUB': (zipped(), 'zip archive'), 'tar.txt': (tarred(), 'tar archive'),
+    'tar.tar.gz': (gzip.compress(tarred()), 'tar archive'),
+    'zstd.jsonl': (b'\x28\xb5\x2f\xfd' + BINARY, 'looks like zstd'),
+    'a.pdf': (b'%PDF-1.7\n' + TEXT.encode(), 'PDF'), 'a.png': (b'\x89PNG\r\n' + BINARY, 'image'),
+    'twice.gz': (gzip.compress(gzip.compress(TEXT.encode())), 'packed twice'),
+    'named.gz': (TEXT.encode(), 'its name says that it is compressed'), 'nothing.xz': (b'', 'its name says'),
+    'binary.txt': (BINARY, 'NUL'), 'random.md': (np.random.default_rng(0).bytes(5000), 'is not text in UTF-8'),
+    'noBOM16.txt': (TEXT.encode('utf-16-le'), 'UTF-16 without'), 'noBOM32.txt': (TEXT.encode('utf-32-be'), 'NUL'),
+    'latin.txt': ('Grüße aus Köln\n'.encode('latin1') * 9, 'iconv -f latin1'),
+    'sjis.txt': ('漢字'.encode('sjis') * 9, 'are wrong'),
+    'latin.jsonl': ('{"text": "Grüße"}\n'.encode('latin1'), 'iconv -f latin1'),
+    'latin.bz2': (bz2.compress('Grüße'.encode('latin1')), 'iconv -f latin1'),
+    'end.txt': (b'x' * 5000 + b'\xe9' * 50, 'of 5,050 characters 50 are wrong'),
+    'array.json': (b'[{"text": "a"}]', 'line 1: no text under'),
+    'pretty.json': (b'{\n"text": "a"\n}', 'one object a line'),
+    'text.jsonl': (b'"text"', 'holds a str'), 'text.parquet': (b'text', 'cannot be read'),
+    'missing.jsonl': (b'{"text": "ok"}\n\n{"t": 1, "u": 2}', "line 3: no text under 'text' (it holds 't', 'u')"),
+    'deep.jsonl': (b'{"text":' + b'[' * 100_000, 'line 1'),
+    'digits.jsonl': (b'{"text":' + b'1' * 5000 + b'}', 'line 1'),
+    **{f'{name}.jsonl': (json.dumps(dict(text='ok')).encode() + b'\n' + json.dumps(dict(text=value)).encode(),
+                         f"line 2: 'text' holds a value of type {name}")
+       for name, value in dict(list=['a'], dict=dict(a='b'), int=3, float=1.5, bool=True).items()}}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_is_no_text_is_refused(tmp_path, prepare_text, name):
+    content, message = REFUSED[name]
+    small(tmp_path / 'out')
+    (tmp_path / name).write_bytes(content)
+    error = refusal(prepare_text, name)
+    assert message in error and error.startswith(repr(name))
+    assert text_of(tmp_path / 'out', 'val') == 'abd' * 100  # the old dataset
+
+
+@pytest.mark.parametrize('how', ['truncated', 'damaged', 'damaged at the start'])
+@pytest.mark.parametrize('module', [gzip, bz2, lzma], ids=lambda module: module.__name__)
+def test_damaged_compressed_files(tmp_path, prepare_text, module, how):
+    content = bytearray(module.compress(np.random.default_rng(0).bytes(3000).hex().encode()))
+    if how != 'truncated':
+        content[len(content) // 2 if how == 'damaged' else 14] ^= 255
+    small(tmp_path / 'out')
+    for name in ('a.gz', 'a.txt', 'a.jsonl', 'a.parquet'):
+        (tmp_path / name).write_bytes(content[:-9] if how == 'truncated' else content)
+        assert f'{name!r} cannot be read' in refusal(prepare_text, name)
+    assert text_of(tmp_path / 'out', 'val') == 'abd' * 100
+
+
+def test_replaced_characters_are_counted(tmp_path, prepare_text):
+    """In files of any size: here of two pieces, the second with too many if it were a file of its own."""
+    good = 'x' * (text_files.PIECE_CHARS - 1)
+    (tmp_path / 'a.txt').write_bytes(f'{good}\ufffd'.encode() + b'z' * 9000 + b'\xff' * 20)
+    (tmp_path / 'b.txt').write_bytes(b'y' * 3000 + b'\xe2\x82' + 'é'.encode() * 3000)
+    train, val, notes = prepare_text('a.txt', '--val', 'b.txt')
+    assert train == good + '\ufffd' + 'z' * 9000 + '\ufffd' * 20 and val == 'y' * 3000 + '\ufffd' + 'é' * 3000
+    assert len(notes) == 1 and 'replaced by U+FFFD: 21 ' in notes[0] and "'a.txt'" in notes[0]
+
+
+@pytest.mark.parametrize('tokenizer', ['byte', 'char'])
+def test_halves_of_surrogate_pairs_are_replaced(tmp_path, prepare_text, tokenizer):
+    (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83d\ude00b\ud83dc\ude00"}')
+    train, val, notes = prepare_text('a.jsonl', f'--tokenizer={tokenizer}')
+    assert joined(train, val) == 'a😀b\ufffdc\ufffd'
+    assert len(notes) == 1 and 'U+FFFD: 2 ' in notes[0] and "'a.jsonl', line 1" in notes[0]
+    odd = CharTokenizer.of('a\ud83d')
+    assert b''.join(map(odd.token_bytes, odd.encode('\ud83da'))) == b'?a'
+
+
+def test_null_is_skipped_and_counted(tmp_path, prepare_text):
+    (tmp_path / 'a.jsonl').write_text('{"text": null}\n{"text": "abc"}\n{"text": null}\n{"text": ""}\n{"text": "None"}')
+    train, val, notes = prepare_text('a.jsonl')
+    assert train + val == 'abcNone'
+    assert len(notes) == 1 and 'null values skipped: 2 ' in notes[0] and "'a.jsonl', line 1" in notes[0]
+
+
+@pytest.mark.parametrize('type_', ['string', 'large_string', 'binary', 'large_binary', 'dictionary', 'string_view'])
+def test_parquet_columns_of_text(tmp_path, prepare_text, pyarrow, type_):
+    """Binary columns are UTF-8, a null is skipped."""
+    values = ['alpha', None, 'Grüße', '']
+    if 'binary' in type_:
+        values = [value and value.encode() for value in values]
+    array = pyarrow.array(values, pyarrow.string() if type_ == 'dictionary' else getattr(pyarrow, type_)())
+    table = pyarrow.table({'n': [1, 2, 3, 4], 'body': array.dictionary_encode() if type_ == 'dictionary' else array})
+    pyarrow.parquet.write_table(table, tmp_path / 'a.Parquet')
+    train, val, notes = prepare_text('a.Parquet', '--column=body')
+    assert joined(train, val) == 'alphaGrüße'
+    assert len(notes) == 1 and "null values skipped: 1 (such as 'a.Parquet', row 2)" in notes[0]
+
+
+@pytest.mark.parametrize('values, message', [
+    ([['a'], ['b']], "row 1: 'text' holds a value of type list"),
+    ([None, 3], "row 2: 'text' holds a value of type int"),
+    ([{'a': 'b'}], "row 1: 'text' holds a value of type dict"),
+    ([b'fine', BINARY], "row 2: the value under 'text' is not text"),
+])
+def test_parquet_columns_of_other_values(tmp_path, prepare_text, run_script, pyarrow, values, message):
+    pyarrow.parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'a.parquet')
+    small(tmp_path / 'out')
+    assert message in refusal(prepare_text, 'a.parquet')
+    code, _, err = run_script('slimpajama', '--input=a.parquet', '--out=out', '--tokenizer=byte', '--workers=1')
+    assert code == 2 and err.count('error: ') == 1 and message in err and 'Traceback' not in err
+    assert {path.name for path in Path('out').iterdir()} == {'meta.json', 'train.bin', 'val.bin'}
+    assert text_of(tmp_path / 'out', 'val') == 'abd' * 100
+
+
+@pytest.mark.parametrize('separator', ['<|endoftext|>', '\n\n', ' == ', 'x', 'a a a'])
+@pytest.mark.parametrize('size', [7, 20, 50])
+def test_a_separator_ends_a_document(monkeypatch, separator, size):
+    """Wherever it is: at the ends, twice in a row, across the parts in which a file is read or a text is cut."""
+    monkeypatch.setattr(text_files, 'PIECE_CHARS', size)
+    rng, notes = np.random.default_rng(size), text_files.Notes()
+    for _ in range(100):
+        words = rng.choice(['a', ' ', 'word', separator, separator[:-1], separator[1:], '=', '\n'], 60)
+        text = ''.join(words)
+        expected = text.split(separator)
+        parts = text_files.pieces((text[i:i + size] for i in range(0, len(text), size)), separator, 'here', notes)
+        found, document = [], ''
+        for part, ends in parts:
+            document += part
+            if ends:
+                found.append(document)
+                document = ''
+        assert not document and found == (expected if expected[-1] else expected[:-1])
+    assert notes[text_files.SEPARATORS][0] > 100
+    for nothing in ([], ['']):
+        assert list(text_files.pieces(nothing, separator, 'here', notes)) == [('', True)]
+
+
+def test_separators_from_the_command_line(tmp_path, prepare_text, monkeypatch):
+    (tmp_path / 'a.txt').write_text('one<|endoftext|>two<|endoftext|>')
+    (tmp_path / 'b.jsonl').write_text('{"text": "three<|endoftext|>four"}')
+    files = ('a.txt', '--val', 'b.jsonl')
+    train, val, notes = prepare_text(*files)
+    assert train == 'one<|endoftext|>two<|endoftext|>' and len(notes) == 1
+    assert '<|endoftext|> read as plain text (--separator' in notes[0] and ': 3 ' in notes[0]
+    train, val, notes = prepare_text(*files, '--separator=<|endoftext|>')
+    assert (train, val) == ('onetwo', 'threefour') and len(notes) == 2
+    assert 'ended a document: 3 ' in notes[0] and 'tokenizer byte has no token for the end of a document' in notes[1]
+    assert 'never occurs' in prepare_text('a.txt', '--separator=###')[2][-1]
+    assert "--separator='' is not allowed" in refusal(prepare_text, 'a.txt', '--separator=')
+    prepare = script('text')['prepare']
+    monkeypatch.setitem(prepare.__globals__, 'get_tokenizer', lambda name: WithEndOfText())
+    prepare([*files, '--separator=<|endoftext|>', '--out=out', '--workers=1'])
+    assert ids('out', 'train').tolist() == [*b'one', 256, *b'two', 256]
+    assert ids('out', 'val').tolist() == [*b'three', 256, *b'four', 256]
+
+
+@pytest.mark.parametrize('option', ['--val_frac=nan', '--val_frac=0.0', '--val_frac=inf', '--workers=0', '--workers=-1',
+                                    '--column=body', '--val_frac=0.1 --val a.txt'])
+def test_options_that_cannot_be_followed(tmp_path, prepare_text, option):
+    (tmp_path / 'a.txt').write_text('text')
+    error = refusal(prepare_text, 'a.txt', *option.split())
+    assert error.startswith(f"{option.partition('=')[0]}=") and 'is not allowed' in error
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_a_split_of_empty_documents_is_refused(tmp_path, split):
+    documents = [('val' if split == 'train' else 'train', 'text', True), (split, '', True), (split, '', True)]
+    with pytest.raises(UserError, match=f'no text for {split}.bin in test'):
+        writer.write_dataset(tmp_path, documents, WithEndOfText(), 'test', workers=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_vocabularies_beyond_uint16_get_uint32(tmp_path):
@@ -356,10 +706,10 @@ def failing_after(calls, function, error):
     """Wrap `function` so that it raises `error` after this many calls."""
     left = iter(range(calls))
 
-    def wrapped(*args):
+    def wrapped(*args, **kwargs):
         if next(left, None) is None:
             raise error
-        return function(*args)
+        return function(*args, **kwargs)
     return wrapped
 
 
@@ -391,6 +741,197 @@ def test_a_full_disk_does_not_cost_the_old_dataset(tmp_path, monkeypatch):
         assert text_of(tmp_path, 'train') == text_of(tmp_path, 'val') == 'old'
 
 
+def test_any_error_of_the_disk_is_one_line(tmp_path, monkeypatch):
+    """Whichever call fails: no temporary file is left, and a dataset, if there is one, is whole."""
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    failed = 0
+    for module, name, most in ((os, 'fsync', 3), (os, 'replace', 3), (builtins, 'open', 9), (Path, 'mkdir', 1),
+                               (writer, 'write_durably', 1), (writer, 'count_bytes', 2), (writer, 'move_tail', 1)):
+        for calls in range(most + 1):
+            folder = small(tmp_path / 'out', train=b'old', val=b'old')
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, failing_after(calls, getattr(module, name), full))
+                try:
+                    writer.write_dataset(folder, [('train', 'newer' * 9, True)], ByteTokenizer(), 'test', val_frac=0.5)
+                except UserError as error:
+                    failed += 1
+                    assert 'cannot be written' in str(error) and 'No space left' in str(error)
+            assert {path.name for path in folder.iterdir()} <= {'train.bin', 'val.bin', 'meta.json'}
+            assert name == 'replace' or text_of(folder, 'train')[:2] in ('ol', 'ne')
+    assert failed >= 15
+
+
+def limited(command, size):
+    """Run a command that cannot write files of more than `size` bytes."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit,
+                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    (tmp_path / 'a.txt').write_text('text ' * 50_000)
+    out = small(tmp_path / 'out')
+    run = limited([sys.executable, ROOT / 'data/text/prepare.py', tmp_path / 'a.txt', f'--out={out}'], 100_000)
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'cannot be written' in run.stderr, run.stderr
+    assert {path.name for path in out.iterdir()} == {'train.bin', 'val.bin', 'meta.json'}
+    assert text_of(out, 'val') == 'abd' * 100
+
+
+@pytest.mark.parametrize('name', ['text', 'stdlib', 'shakespeare_char', 'fineweb'])
+def test_out_must_be_a_folder(tmp_path, run_script, local_parquet, name, monkeypatch):
+    local_parquet([['a document'] * 9])
+    (tmp_path / 'file').write_text('keep me')
+    monkeypatch.setattr(writer, 'SHAKESPEARE_SHA256', hashlib.sha256(b'keep me').hexdigest())
+    arguments = {'text': [tmp_path / 'file'], 'shakespeare_char': ['--input', tmp_path / 'file'],
+                 'fineweb': ['--input', tmp_path / '*.parquet', '--tokenizer=byte']}.get(name, [])
+    for out in ('file', 'file/below'):
+        code, _, err = run_script(name, *arguments, '--out', tmp_path / out)
+        assert code == 2 and err.count('\n') == 1 and 'cannot be written' in err, err
+    assert (tmp_path / 'file').read_text() == 'keep me'
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from nanop.errors import exit_on_user_error
+from nanop.tokenizer import get_tokenizer
+from nanop.write_dataset import write_dataset
+def documents():
+    for i in range(1000):
+        yield 'train', 'word ' * 300_000, True
+        if i == 6:
+            print('ready', flush=True)
+        time.sleep(0.01 if i < 6 else 0.2)
+exit_on_user_error(lambda: write_dataset({out!r}, documents(), get_tokenizer({name!r}), 'test', workers=2))
+"""
+
+
+@pytest.mark.parametrize('number, code, tokenizer', [
+    (signal.SIGTERM, 143, 'byte'), (signal.SIGINT, 130, 'byte'), (signal.SIGHUP, 129, 'byte'),
+    (signal.SIGTERM, 143, 'gpt2')])  # which tokenizes in other processes
+def test_signals_leave_the_old_dataset(tmp_path, request, number, code, tokenizer):
+    if tokenizer == 'gpt2':
+        request.getfixturevalue('gpt2_tokenizer')
+    out = small(tmp_path / 'out')
+    process = subprocess.Popen([sys.executable, '-c', SLOW.format(root=str(ROOT), out=str(out), name=tokenizer)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'ready\n' and list(out.glob('*.tmp.*'))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and err.strip() == 'stopped', err
+    assert {path.name for path in out.iterdir()} == {'train.bin', 'val.bin', 'meta.json'}
+    assert text_of(out, 'val') == 'abd' * 100
+
+
+def test_signals_are_given_back(tmp_path):
+    """Whoever calls the preparation keeps a handler of his own."""
+    mine = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        small(tmp_path)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        small(tmp_path)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+
+
+# -----------------------------------------------------------------------------
+# Parquet scripts
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--tokenizer=char'], "tokenizer='char' needs the characters of the text"), (['--shards=0'], '--shards=0 is not'),
+    (['--shards=-1'], '--shards=-1 is not'), (['--workers=0'], '--workers=0 is not'),
+    (['--input=nothing*.parquet'], 'matches no file')])
+def test_bad_options_of_the_parquet_scripts(tmp_path, run_script, local_parquet, arguments, message):
+    local_parquet([['a document']])
+    code, _, err = run_script('openwebtext', '--input', tmp_path / '*.parquet', '--out', tmp_path / 'out',
+                              '--tokenizer=byte', *arguments)
+    assert code == 2 and err.count('\n') == 1 and message in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_parquet_scripts_skip_null_and_count_files_once(tmp_path, capsys, pyarrow, local_parquet):
+    """Also if the run was stopped between the shards."""
+    local_parquet([['a', None, 'b', None], [None, 'c', 'd']])
+    (tmp_path / 'again.parquet').symlink_to('0.parquet')
+    arguments = ['--input', str(tmp_path / '*.parquet'), '--tokenizer=byte', '--workers=1']
+    for stop in (True, False):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            if stop:
+                patch.setattr(writer, 'write_shard', failing_after(1, writer.write_shard, KeyboardInterrupt))
+            writer.write_parquet(tmp_path / 'out', 'repo', 'revision', '*.parquet', arguments, val_every=2)
+    err = capsys.readouterr().err
+    assert 'note: null values skipped: 3 (such as ' in err and 'count once: 1 (such as ' in err
+    assert (text_of(tmp_path / 'out', 'train'), text_of(tmp_path / 'out', 'val')) == ('c', 'abd')
+
+
+def test_a_shard_is_on_disk_before_its_mark(tmp_path, monkeypatch, local_parquet):
+    local_parquet([['a', 'b', 'c']])
+    done, fsync, mark = [], os.fsync, writer.write_atomically
+    monkeypatch.setattr(os, 'fsync', lambda file: (done.append(os.fstat(file).st_size), fsync(file)))
+    monkeypatch.setattr(writer, 'write_atomically', lambda *args: (done.append('mark'), mark(*args)))
+    writer.write_shard(tmp_path / 'shard', str(tmp_path / '0.parquet'), ByteTokenizer(), 1, 2)
+    assert done[:3] == [2, 4, 'mark']  # bytes of the token files
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path, monkeypatch, local_parquet):
+    local_parquet([['a', 'b', 'c']])
+    monkeypatch.setattr(writer, 'write_atomically', failing_after(0, None, OSError('full')))
+    with pytest.raises(UserError, match='cannot be written'):
+        writer.write_parquet(tmp_path / 'out', 'repo', 'revision', '*',
+                             ['--input', str(tmp_path / '0.parquet'), '--tokenizer=byte'], val_every=2)
+    assert not list((tmp_path / 'out').iterdir())
+
+
+# -----------------------------------------------------------------------------
+# What meta.json says of the content
+
+
+def test_meta_names_the_content(tmp_path, local_parquet):
+    """By the sha256 of the token ids, train.bin then val.bin, whichever function wrote them."""
+    local_parquet([['one', 'two', 'three']])
+    arguments = ['--input', str(tmp_path / '*.parquet'), '--tokenizer=byte', '--workers=1']
+    metas = [writer.write_parquet(tmp_path / 'parquet', 'repo', 'revision', '*', arguments, val_every=2)]
+    for name, train in (('same', 'two'), ('other', 'owt')):
+        documents = [('train', train, True), ('val', 'onethree', True)]
+        metas.append(writer.write_dataset(tmp_path / name, documents, ByteTokenizer(), 'test', workers=1))
+    for name, meta in zip(('parquet', 'same', 'other'), metas):
+        both = b''.join((tmp_path / name / f'{split}.bin').read_bytes() for split in ('train', 'val'))
+        assert meta['data_sha256'] == hashlib.sha256(both).hexdigest()
+        assert meta == Dataset(tmp_path / name).meta
+    parquet, same, other = metas
+    assert parquet['data_sha256'] == same['data_sha256'] != other['data_sha256']
+    assert content_differs(same, same) == []
+    assert content_differs(same, other) == [f'{key} is {same[key][:12]}.., not {other[key][:12]}..'
+                                            for key in ('data_sha256', 'source_sha256')]
+    old = {key: value for key, value in same.items() if key != 'data_sha256'}  # written before the key was there
+    assert content_differs(old, same) == content_differs(same, old) == content_differs({}, same) == []
+    assert content_differs(old, {**other, 'train_tokens': 4, 'val_tokens': 9}) == [
+        f"source_sha256 is {same['source_sha256'][:12]}.., not {other['source_sha256'][:12]}..",
+        'train_tokens is 3, not 4', 'val_tokens is 8, not 9']
+
+
+@pytest.mark.parametrize('value', [0, float('nan'), float('inf'), -1])
+def test_bytes_per_token_must_be_usable(tmp_path, value):
+    path = small(tmp_path) / 'meta.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'bytes_per_token': value}))
+    with pytest.raises(UserError, match='bytes_per_token.*see data/text/prepare.py'):
+        Dataset(tmp_path)
+
+
+def test_char_without_characters_is_refused(tmp_path):
+    path = small(tmp_path, CharTokenizer('abcd')) / 'meta.json'
+    meta = json.loads(path.read_text())
+    for chars in (None, '', 5, ['a']):
+        path.write_text(json.dumps({**meta, 'chars': chars}))
+        with pytest.raises(UserError, match="tokenizer='char' needs the characters"):
+            Dataset(tmp_path).tokenizer()
+
+
 # -----------------------------------------------------------------------------
 # Reading
 
@@ -402,6 +943,7 @@ def damage(folder, how):
      'half a meta': lambda: os.truncate(path, 40),
      'no dtype': lambda: path.write_text(json.dumps({key: meta[key] for key in meta if key != 'dtype'})),
      'other dtype': lambda: path.write_text(json.dumps({**meta, 'dtype': 'int8'})),
+     'infinite': lambda: path.write_text(json.dumps({**meta, 'vocab_size': float('inf')})),
      'a list': lambda: path.write_text('[]'),
      'no val': (folder / 'val.bin').unlink,
      'truncated': lambda: os.truncate(folder / 'train.bin', 101),
@@ -412,6 +954,7 @@ def damage(folder, how):
     ('no meta', 'no dataset in'), ('half a meta', 'cannot be read'), ('no dtype', "has no usable 'dtype'"),
     ('other dtype', "has no usable 'int8'"), ('a list', 'has no usable'), ('no val', "val.bin' is missing"),
     ('truncated', "train.bin' has 101 bytes, meta.json says 3,000"), ('empty', "val.bin' has 0 bytes"),
+    ('infinite', 'cannot be read'),
 ])
 def test_damaged_folders(tmp_path, how, message):
     damage(small(tmp_path), how)
@@ -433,8 +976,10 @@ def test_too_short_and_out_of_range(tmp_path):
 def test_unknown_dataset_says_what_to_run():
     with pytest.raises(UserError, match='run python data/openwebtext/prepare.py|see data/text'):
         Dataset('openwebtext')
-    with pytest.raises(UserError, match='see data/text/prepare.py'):
-        Dataset('nonesuch')
+    for name in ('nonesuch', 'none\nsuch', 'none\0such'):
+        with pytest.raises(UserError, match='see data/text/prepare.py') as error:
+            Dataset(name)
+        assert '\n' not in str(error.value)
 
 
 def test_batches(tmp_path):

@@ -3,9 +3,12 @@ For any command line, config, data and checkpoint, a run works or ends with an e
 
 FUZZ_EXAMPLES=500 python -m pytest -q tests/test_fuzz.py tries 500 cases in each test instead of a few dozen.
 """
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 from dataclasses import fields
@@ -18,8 +21,10 @@ from hypothesis import strategies as st
 
 import sample
 from nanop import checkpoint
-from nanop.dataset import Dataset
+from nanop.dataset import Dataset, content_differs
 from nanop.errors import UserError
+from nanop.text_files import ENCODINGS as MARKS
+from nanop.text_files import Notes, documents
 from nanop.tokenizer import ByteTokenizer
 from nanop.write_dataset import write_dataset
 from train import TrainConfig, read_config, train
@@ -119,6 +124,38 @@ def test_any_config_file(tmp_path, text):
 
 
 # -----------------------------------------------------------------------------
+# Texts to prepare
+
+NAMES = st.sampled_from(['a.txt', 'a.TXT.gz', 'a.bz2', 'a.weird', 'a.jsonl', 'a.json', 'a.ndjson.xz', 'a.parquet'])
+ENCODINGS = st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-be', 'utf-32', 'latin1', 'cp1252', 'shift_jis'])
+PACK = st.sampled_from([bytes, bytes, bytes, gzip.compress, bz2.compress, lzma.compress])
+VALUES = st.recursive(st.none() | st.floats() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=2),
+                      max_leaves=4)
+ROWS = st.lists(st.fixed_dictionaries({}, optional=dict(text=VALUES, other=VALUES)), max_size=3)
+TEXTS = st.text(max_size=80) | ROWS.map(lambda rows: '\r\n'.join(map(json.dumps, rows)))
+
+
+@MANY
+@given(name=NAMES, encoding=ENCODINGS, pack=PACK, text=TEXTS, raw=st.none() | st.binary(max_size=80))
+def test_any_file_is_read_as_it_is_or_refused(tmp_path, name, encoding, pack, text, raw):
+    """Whatever is prepared without a note is, byte for byte, a text that the file can stand for."""
+    content = text.encode(encoding, 'ignore') if raw is None else raw
+    (tmp_path / name).write_bytes(pack(content))
+    notes = Notes()
+    with at_most_a_user_error():
+        found = ''.join(text for _, text, _ in documents({str(tmp_path / name): 'train'}, 'text', '', notes))
+        if notes:
+            return
+        if 'json' in name:
+            decoded = content.decode('utf-8-sig' if raw is not None or encoding.startswith('utf-8') else encoding)
+            rows = [json.loads(line)['text'] for line in decoded.split('\n') if line.strip()]
+            assert found == ''.join(rows)
+        else:
+            marked = next((codec for mark, codec in MARKS.items() if content.startswith(mark)), 'utf-8')
+            assert found == content.decode(marked)
+
+
+# -----------------------------------------------------------------------------
 # Damaged files
 
 
@@ -165,7 +202,8 @@ def test_any_damage_to_a_dataset(good_run, tmp_path, name, change):
         data.tokenizer()
 
 
-KEYS = ['dtype', 'vocab_size', 'real_vocab_size', 'bytes_per_token', 'tokenizer', 'train_tokens', 'val_tokens']
+KEYS = ['dtype', 'vocab_size', 'real_vocab_size', 'bytes_per_token', 'tokenizer', 'train_tokens', 'val_tokens',
+        'data_sha256', 'source_sha256', 'chars']
 JSON = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=5),
                  st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2))
 
@@ -175,9 +213,11 @@ JSON = st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), 
 def test_any_value_in_meta_json(good_run, tmp_path, change):
     folder = fresh_copy(good_run[0], tmp_path / 'data')
     meta = json.loads((folder / 'meta.json').read_text())
-    (folder / 'meta.json').write_text(json.dumps({**meta, **change} if isinstance(change, dict) else change))
+    changed = {**meta, **change} if isinstance(change, dict) else change
+    (folder / 'meta.json').write_text(json.dumps(changed))
     with at_most_a_user_error():
         data = Dataset(folder)
+        assert all(text.split()[0] in change for text in content_differs(data.meta, meta))
         data.batch('train', data.train_starts(1, 0, 4, 8), 8, torch.device('cpu'))
         data.tokenizer()
 
