@@ -8,12 +8,13 @@ Tune a small model, train a large one, and check that the optimum stayed: many t
 
 The keys are the ones below and those of train.py, which may hold lists of values. A list of n_layer, n_embd, density or
 parameterization makes models to compare, and so do `shapes` and `variants`. Seeds are averaged. Any other list is an
-axis: it is tuned. Points that are the same computation, as all parameterizations at the base shape, are trained once.
+axis: it is tuned. Points that are the same computation, as sp and completep at the base shape, are trained once.
 """
 import importlib.util
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,13 +22,25 @@ from optuna.trial import TrialState
 
 from configurator import configure_both
 from nanop.dataset import open_dataset
-from nanop.errors import UserError, exit_on_user_error, require, require_values
+from nanop.errors import UserError, exit_on_user_error, explained, require, require_values
 from nanop.files import make_out_dir
 from nanop.machine import pick_device
 from tools.stack import why_not_stack
+from tools.sweep_files import write_trials
 from tools.sweep_points import DEFAULTS, NOT_SWEPT, Sweep, cost
-from tools.sweep_queue import SAMPLERS, enqueue, finished_trials, open_study, rows_of, run_workers, trials_of
-from tools.sweep_report import SweepReport, mean_loss, write_trials
+from tools.sweep_queue import (
+    SAMPLERS,
+    data_facts,
+    enqueue,
+    num_to_do,
+    open_study,
+    rows_of,
+    run_workers,
+    stoppable,
+    storage_errors_explained,
+    trials_of,
+)
+from tools.sweep_report import SweepReport, mean_losses
 from train import TrainConfig
 
 TUNED = dict(  # what --tune searches unless the config has a list: log-uniform between the two values
@@ -77,17 +90,13 @@ def read_sweep(argv):
 
 
 def best_setting(sweep, rows):
-    """(the first model's axis values with the least mean loss over the seeds, that loss, number of values compared).
-    Values that have run with fewer seeds than others do not count."""
+    """(the first model's axis values with the least mean loss over the seeds, that loss, number of values compared)."""
     losses = {}  # {values of the axes: {seed: loss}}
     for row in rows:
         if all(row[key] == value for key, value in sweep.models[0].items()):
             losses.setdefault(tuple(row[key] for key in sweep.axes), {})[row['seed']] = row['val_loss']
-    most_seeds = max(len(by_seed) for by_seed in losses.values())
-    means = {setting: mean_loss(by_seed) for setting, by_seed in losses.items() if len(by_seed) == most_seeds}
+    means = mean_losses(losses)
     best = min(means, key=means.get)
-    if means[best] == math.inf:
-        raise UserError(f'all {len(losses)} points diverged: search lower learning rates')
     return dict(zip(sweep.axes, best)), means[best], len(losses)
 
 
@@ -107,41 +116,72 @@ def write_best(path, sweep, rows, overrides):
     Path(path).write_text('\n'.join(lines) + '\n')
 
 
+def keep(study, sweep, out_dir):
+    """Write what has finished to trials.csv. Returns the rows, see rows_of()."""
+    rows, others = rows_of(study, sweep)
+    if rows:
+        with explained(OSError, f"'{out_dir}/trials.csv' cannot be written"):
+            write_trials(out_dir / 'trials.csv', rows + others)
+    return rows, others
+
+
+def make_report(sweep, name, rows, others):
+    """The SweepReport on rows of this sweep, see Sweep.divide()."""
+    shared = {key: value for key, value in sweep.facts['base'].items() if value != DEFAULTS[key]}
+    return SweepReport(name, rows, sweep.models, sweep.axes, shared, sweep.config.search == 'grid', sweep.row_keys,
+                       others)
+
+
+def conclude(study, sweep, out_dir, overrides):
+    """Write trials.csv, report and plots of what has finished, and best.py. Returns the exit code of main()."""
+    rows, others = keep(study, sweep, out_dir)
+    errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL) if 'error' in trial.user_attrs]
+    reason = errors[-1] if errors else 'they were stopped'
+    if not rows:
+        raise UserError(f'no run has finished: {reason}')
+    print(make_report(sweep, out_dir.name, rows, others).write(out_dir))
+    all_diverged = all(row['val_loss'] == math.inf for row in rows)
+    if all_diverged:
+        print(f'all {len(rows)} points diverged, so there is no best one: search lower learning rates', file=sys.stderr)
+    elif sweep.config.tune:
+        best = out_dir / 'best.py'
+        write_best(best, sweep, rows, overrides)
+        print(f'{best} has the best values: python train.py {best} --n_layer=.. --n_embd=..')
+    missing, failed = num_to_do(study, sweep), len(errors) if sweep.sampled else 0
+    if missing:
+        print(f'{missing} runs are missing ({reason}); the same command runs them again', file=sys.stderr)
+    if failed:
+        print(f'{failed} of the runs failed ({reason})', file=sys.stderr)
+    return 1 if missing or failed else 3 if all_diverged else 0
+
+
 def main():
-    """Returns the exit code: 0, or 1 if runs failed."""
+    """Returns the exit code: 0; 1 if runs failed or are missing; 3 if all diverged."""
     config, overrides = read_sweep(sys.argv[1:])
     sweep = Sweep(config, overrides)
     # refuse what cannot run before anything is written
     datasets = {name: open_dataset(name) for name in dict.fromkeys(each.dataset for each in sweep.configs)}
     pick_device(sweep.configs[0].device)
     costs = {run: cost(each, datasets[each.dataset]) for run, each in dict(zip(sweep.digests, sweep.configs)).items()}
+    sweep.facts['data'] = data_facts(sweep.configs)
     out_dir = make_out_dir(config.out_dir)
     study = open_study(config)
-    enqueue(study, sweep, out_dir)
-    (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
-    points, models, to_do = len(sweep.points), len(sweep.models), sweep.num_runs - len(finished_trials(study, sweep))
-    what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
-    print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {max(0, to_do)} to do")
-    if config.stack > 1 and why_not_stack(sweep.configs[0]):
-        print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
-    run_workers(study, sweep, overrides, costs)
-    rows, others = rows_of(study, sweep)
-    errors = [trial.user_attrs['error'] for trial in trials_of(study, TrialState.FAIL) if 'error' in trial.user_attrs]
-    reason = errors[-1] if errors else 'they were stopped'
-    if not rows:
-        raise UserError(f'no run has finished: {reason}')
-    write_trials(out_dir / 'trials.csv', rows + others)
-    shared = {key: value for key, value in sweep.facts['base'].items() if value != DEFAULTS[key]}
-    report = SweepReport(out_dir.name, rows, sweep.models, sweep.axes, shared, config.search == 'grid', sweep.row_keys)
-    print(report.write(out_dir))
-    if config.tune:
-        best = out_dir / 'best.py'
-        write_best(best, sweep, rows, overrides)
-        print(f'{best} has the best values: python train.py {best} --n_layer=.. --n_embd=..')
-    missing = sweep.num_runs - len(finished_trials(study, sweep))
-    if missing > 0:
-        print(f'{missing} runs are missing ({reason}); the same command runs them again', file=sys.stderr)
-    return 1 if missing > 0 else 0
+    with storage_errors_explained():
+        enqueue(study, sweep, out_dir)
+        (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
+        points, models, to_do = len(sweep.points), len(sweep.models), num_to_do(study, sweep)
+        what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
+        print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {to_do} to do")
+        if config.stack > 1 and why_not_stack(sweep.configs[0]):
+            print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
+        try:
+            with stoppable():
+                run_workers(study, sweep, overrides, costs, lambda: keep(study, sweep, out_dir))
+        except KeyboardInterrupt:
+            with suppress(UserError):  # that no run has finished
+                conclude(study, sweep, out_dir, overrides)
+            raise
+        return conclude(study, sweep, out_dir, overrides)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,13 +23,15 @@ import torch
 from configurator import configure
 from model import PARAMETERIZATIONS, Block
 from nanop.errors import UserError
+from nanop.terminal import STOP_SIGNALS
 from sweep import TUNED, SweepConfig, main, read_sweep
 from tools import sweep_queue
 from tools.stack import stack_size, train_stack, why_not_stack
-from tools.sweep_points import Sweep, digest, random_settings
-from tools.sweep_queue import enqueue, open_study, trials_of
-from tools.sweep_report import SweepReport, compare, curve_of, optimum, read_trials, write_trials
-from train import TrainConfig, train
+from tools.sweep_files import read_facts, read_trials, write_trials
+from tools.sweep_points import TYPES, Sweep, digest, random_settings
+from tools.sweep_queue import data_facts, enqueue, open_study, trials_of
+from tools.sweep_report import SweepReport, compare, curve_of, optimum
+from train import TrainConfig, num_steps, train
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPLETE, RUNNING, WAITING = (getattr(optuna.trial.TrialState, name) for name in ('COMPLETE', 'RUNNING', 'WAITING'))
@@ -47,7 +50,7 @@ def sweep_main(tmp_path, tiny, monkeypatch, capfd):
     """A function that runs sweep.py's main() here with one worker; it returns (exit code or UserError, output)."""
     def call(*flags, out_dir=tmp_path / 'sweep', plots=False, **keys):
         texts = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
-                 for key, value in {**tiny, 'workers': 1, 'out_dir': out_dir, **keys}.items()]
+                 for key, value in {**tiny, 'workers': 1, 'out_dir': out_dir, **keys}.items() if value is not None]
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'argv', ['sweep.py', *texts, *flags])
             patch.setattr(os, 'sched_getaffinity', lambda pid: {0}, raising=False)  # one thread
@@ -173,6 +176,23 @@ def test_a_run_is_known_by_all_that_changes_it(tiny):
         assert (digest(replace(config, **same)) == digest(config)) == ('parameterization' not in same), same
 
 
+def test_a_key_of_a_shape_variant_or_axis_wins_over_what_it_replaces(tiny, tmp_path):
+    """tiny has max_iters=8: 8 steps of 128 tokens."""
+    def steps(overrides=tiny, **keys):
+        return [num_steps(config, 0) for config in Sweep(SweepConfig(**keys), overrides).configs]
+    assert steps(shapes=[dict(train_tokens=1280), dict(train_tokens=2560)]) == [10, 20]
+    assert steps(shapes=[dict(train_tokens=1280, batch_tokens=128), dict(train_tokens=2560, batch_tokens=640)],
+                 variants=[dict(), dict(norm='rmsnorm')]) == [10, 4, 10, 4]
+    assert steps(variants=[dict(), dict(train_tokens=1280), dict(max_iters=9)]) == [8, 10, 9]
+    decays = Sweep(SweepConfig(variants=[dict(), dict(weight_decay=0.2)]), {**tiny, 'tau_ema': 0.5}).configs
+    assert [(config.weight_decay, config.tau_ema) for config in decays] == [(0.0, 0.5), (0.2, 0.0)]
+    (tmp_path / 'base.py').write_text('\n'.join(f'{key} = {value!r}' for key, value in tiny.items()))
+    _, overrides = read_sweep([str(tmp_path / 'base.py'), '--train_tokens=1280,2560'])
+    assert steps(overrides) == [10, 20]
+    with pytest.raises(UserError, match='max_iters=9 is not allowed'):
+        steps(shapes=[dict(train_tokens=1280, max_iters=9)])
+
+
 def test_random_points_are_log_uniform_and_the_first_ones_stay():
     axes = dict(learning_rate=[2**-12, 2**-4], batch_tokens=[256, 4352], schedule=['linear', 'cosine'],
                 final_lr_frac=[0., 1.])
@@ -254,8 +274,9 @@ def test_a_sweep_runs_once_and_grows(sweep_main, tmp_path, monkeypatch):
     assert sweep_main(**{**keys, 'learning_rate': [0.001, 0.03], 'seed': [1, 2]}, grad_clip=0.0)[0] == 0
     assert sorted((config.seed, config.learning_rate) for config in trained) == \
         3 * [(1, 0.03)] + 3 * [(2, 0.001)] + 3 * [(2, 0.03)]
-    # earlier runs stay in the report: 9 of the first runs are at points that this sweep does not name
-    assert len(rows_in(tmp_path / 'sweep')) == 16 + 9
+    # earlier runs stay in the report: 12 of the first points are ones that this sweep does not name
+    assert len(rows_in(tmp_path / 'sweep')) == 16 + 12
+    assert '28 points, 21 runs' in (tmp_path / 'sweep/report.md').read_text()
 
     trained.clear()
     (tmp_path / 'sweep/study.db').unlink()  # trials.csv and sweep.json are enough to continue
@@ -278,6 +299,206 @@ def test_a_study_of_another_sweep_is_left_alone(sweep_main, tmp_path):
     assert isinstance(error, UserError) and "trials.csv' is of another" in str(error)
     assert 'max_iters is 8 there and is 9 here' in str(error)
     assert before == {path: path.read_bytes() for path in (tmp_path / 'sweep').iterdir() if path.suffix != '.db'}
+
+
+@pytest.fixture
+def named_data(data_dir, tmp_path):
+    """A copy of the dataset, and a function that changes the hash in its meta.json: None takes it away."""
+    folder = Path(shutil.copytree(data_dir, tmp_path / 'named'))
+
+    def set_hash(text):
+        meta = json.loads((folder / 'meta.json').read_text())
+        meta = {key: value for key, value in meta.items() if not key.endswith('sha256')}
+        (folder / 'meta.json').write_text(json.dumps(meta | (dict(data_sha256=text) if text else {})))
+    set_hash('a' * 64)
+    return str(folder), set_hash
+
+
+def test_a_study_knows_its_data_by_their_content(sweep_main, named_data, tmp_path):
+    name, set_hash = named_data
+    keys, out_dir = dict(learning_rate=[0.001, 0.01]), tmp_path / 'sweep'
+    assert sweep_main(**keys, dataset=name)[0] == 0
+    facts = json.loads((out_dir / 'sweep.json').read_text())
+    assert facts['data'][name]['data_sha256'] == 'a' * 64 and facts['data'][name]['train_tokens'] > 9000
+    set_hash('b' * 64)
+    for _ in range(2):  # the study knows, and so does sweep.json
+        error, _ = sweep_main(**keys, dataset=name, seed=2)
+        assert isinstance(error, UserError) and f"has trained on other data called '{name}'" in str(error)
+        assert 'data_sha256 is aaaaaaaaaaaa.., not bbbbbbbbbbbb..' in str(error) and '\n' not in str(error)
+        (out_dir / 'study.db').unlink(missing_ok=True)
+    assert len(rows_in(out_dir)) == 2
+    (out_dir / 'study.db').unlink(missing_ok=True)
+    for data in ({}, dict(data={name: {}})):  # an old sweep.json goes on, and stays unknown
+        (out_dir / 'sweep.json').write_text(json.dumps({key: facts[key] for key in facts if key != 'data'} | data))
+        code, out = sweep_main(**keys, dataset=name)
+        assert code == 0 and f"does not say what was in the data '{name}'" in out and '0 to do' in out
+        assert json.loads((out_dir / 'sweep.json').read_text())['data'] == {name: {}}
+        (out_dir / 'study.db').unlink()
+
+
+def test_datasets_may_differ_between_points(sweep_main, named_data, data_dir, tmp_path):
+    name, set_hash = named_data
+    keys = dict(learning_rate=0.01)
+    assert sweep_main(**keys, dataset=data_dir)[0] == 0
+    (tmp_path / 'data.py').write_text(f'variants = [dict(dataset={data_dir!r}), dict(dataset={name!r})]')
+    for _ in range(2):
+        assert sweep_main(str(tmp_path / 'data.py'), **keys, dataset=None, out_dir=tmp_path / 'two')[0] == 0
+    set_hash('b' * 64)
+    error, _ = sweep_main(str(tmp_path / 'data.py'), **keys, dataset=None, out_dir=tmp_path / 'two')
+    assert f"other data called '{name}'" in str(error)
+
+
+def test_a_worker_with_other_data_refuses_before_it_trains(tiny, named_data, tmp_path):
+    """As on a second machine, whose folder of that name holds something else."""
+    name, set_hash = named_data
+    config, overrides = SweepConfig(out_dir=str(tmp_path)), {**tiny, 'dataset': name}
+    sweep = Sweep(config, overrides)
+    sweep.facts['data'] = data_facts(sweep.configs)
+    enqueue(open_study(config), sweep, tmp_path)
+    set_hash('b' * 64)
+    with pytest.raises(UserError, match='has trained on other data'):
+        sweep_queue.work(config, overrides, 'cpu')
+    assert len(trials_of(open_study(config), WAITING)) == len(trials_of(open_study(config))) == 1
+    set_hash('a' * 64)
+    sweep_queue.work(config, overrides, 'cpu')
+    assert len(trials_of(open_study(config), COMPLETE)) == 1
+
+
+@pytest.mark.parametrize('name', ['a?b', 'a#b', 'a%20b', 'a b', "it's", 'größe', 'a{x}b', 'a&mode=ro', 'a:b@c'])
+def test_every_folder_name_keeps_its_own_study(tmp_path, name):
+    config = SweepConfig(out_dir=str(tmp_path / name / 'sweep'))
+    Path(config.out_dir).mkdir(parents=True)
+    open_study(config).set_user_attr('here', name)
+    assert [path.relative_to(tmp_path / name) for path in tmp_path.rglob('*.db')] == [Path('sweep/study.db')]
+    assert open_study(config).user_attrs == dict(here=name)
+
+
+def damaged(text):
+    """(what happened to a trials.csv, its bytes, words of the error or None if it can be read for certain)"""
+    head, first, *rest = text.splitlines()
+    keys = head.split(',')
+    rate, loss = keys.index('learning_rate'), keys.index('val_loss')
+
+    def with_cell(at, cell):
+        return '\n'.join([head, ','.join([*first.split(',')[:at], cell, *first.split(',')[at + 1:]]), *rest, ''])
+    yield 'a byte-order mark', '\ufeff' + text, None
+    yield 'line ends of Unix', text.replace('\r\n', '\n'), None
+    yield 'an empty line', text + '\n\n', None
+    yield 'a column more', '\n'.join(line + ',note' for line in text.splitlines()) + '\n', None
+    yield 'another order', '\n'.join(','.join(line.split(',')[::-1]) for line in text.splitlines()) + '\n', None
+    yield 'upper case and decimals', with_cell(keys.index('n_layer'), '2.0').replace('True', 'TRUE'), None
+    yield 'the last end of line cut off', text.rstrip(), None
+    yield 'cut off in the last row', text.rstrip()[:-30], 'line 3: this last row was cut off and is left out'
+    yield 'semicolons', text.replace(',', ';').replace('.', ','), "line 1: no column density, learning_rate"
+    yield 'a decimal comma', with_cell(rate, '"0,001"'), "line 2: learning_rate must be float, got '0,001'"
+    yield 'a date', with_cell(loss, '2-Jan'), "line 2: val_loss must be float, got '2-Jan'"
+    yield 'rounded integers', with_cell(keys.index('tokens'), '1.0E+03'), "line 2: tokens must be int, got '1.0E+03'"
+    yield 'an empty cell', with_cell(loss, ''), "line 2: val_loss must be float, got ''"
+    yield 'nan', with_cell(loss, 'nan'), "line 2: val_loss must be float, got 'nan'"
+    yield 'a row cut short', '\n'.join([head, first[:40], *rest, '']), 'line 2: it has'
+    yield 'a quote', with_cell(rate, '"0.001'), 'line 3: '
+    yield 'a column missing', '\n'.join(line.split(',', 1)[1] for line in text.splitlines()), 'no column n_layer'
+    yield 'a column twice', '\n'.join(line + ',' + line for line in text.splitlines()), 'the same column twice'
+    yield 'latin-1', text.replace('cpu', 'cpü').encode('latin-1'), 'line 2: it is not UTF-8 text'
+    yield 'UTF-16', text.encode('utf-16'), 'line 1: it is not UTF-8 text'
+
+
+def test_a_trials_csv_that_a_spreadsheet_touched(sweep_main, tiny, tmp_path, capfd):
+    """What is certain is read, the rest is one line that names file and line; the file is left as it is."""
+    needed = 'density', 'learning_rate', 'n_layer', 'parameterization'
+    keys = dict(learning_rate=0.01, bias=[True, False])
+    assert sweep_main(**keys)[0] == 0
+    file = tmp_path / 'sweep/trials.csv'
+    whole, rows = file.read_bytes().decode(), rows_in(tmp_path / 'sweep')
+    for what, content, words in damaged(whole):
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        try:
+            found, error = read_trials(file, TYPES, needed), None
+        except UserError as refused:
+            found, error = None, str(refused)
+        if words is None or 'left out' in words:
+            expected = rows if words is None else rows[:1]
+            assert [{key: row[key] for key in rows[0]} for row in found or []] == expected, (what, error)
+            assert (words or '') in capfd.readouterr().out, what
+        else:
+            assert error and words in error and str(file) in error and '\n' not in error, (what, error)
+    facts, study = tmp_path / 'sweep/sweep.json', tmp_path / 'sweep/study.db'
+    for content in (b'', b'{"base": {', b'[]', b'{"base": 1}', b'\xff\xfe{', b'null'):
+        facts.write_bytes(content)
+        with pytest.raises(UserError, match="^'.*sweep.json', which describes the trials.csv beside it, .*$"):
+            read_facts(facts)
+    study.unlink()
+    file.write_bytes(('\ufeff' + whole.replace('completep', 'spp')).encode())
+    error, _ = sweep_main(**keys)
+    assert isinstance(error, UserError) and 'sweep.json' in str(error)
+    facts.write_text(json.dumps(Sweep(SweepConfig(), {**tiny, **keys}).facts))
+    error, _ = sweep_main(**keys)
+    assert isinstance(error, UserError) and str(file) in str(error) and "parameterization='spp' is not" in str(error)
+    file.write_bytes(('\ufeff' + whole).encode())
+    assert '0 to do' in sweep_main(**keys)[1]
+
+
+def test_a_storage_that_is_locked_is_one_line(sweep_main, tmp_path, monkeypatch):
+    keys, locks = dict(learning_rate=[0.001, 0.01]), []
+
+    def train_and_lock(config):
+        locks.append(sqlite3.connect(tmp_path / 'sweep/study.db'))
+        locks[0].execute('BEGIN EXCLUSIVE')
+        return train(config)
+    monkeypatch.setattr(sweep_queue, 'LOCK_S', 1)
+    monkeypatch.setattr(sweep_queue, 'train', train_and_lock)
+    error, _ = sweep_main(**keys)
+    assert isinstance(error, UserError) and 'the storage failed' in str(error) and 'locked' in str(error)
+    error, _ = sweep_main(**keys)
+    assert isinstance(error, UserError) and 'locked' in str(error) and '\n' not in str(error)
+    locks[0].close()
+
+
+@pytest.mark.parametrize('threads, cores, workers, places', [
+    (1, 2, 1, [1]), (8, 2, 1, [2]), (8, 4, 2, [2, 2]), (1, 4, 2, [1, 1]), (8, 4, 3, [1, 1, 1]), (8, 2, 0, [1, 1])])
+def test_workers_share_the_cores_and_heed_omp_num_threads(monkeypatch, threads, cores, workers, places):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(cores), raising=False)
+    assert sweep_queue.worker_places(workers, 'cpu') == [('cpu', count) for count in places]
+
+
+@pytest.mark.parametrize('number', STOP_SIGNALS)
+def test_every_stop_signal_keeps_trials_and_report(sweep_main, tmp_path, monkeypatch, number):
+    before, out_dir = signal.getsignal(number), tmp_path / 'sweep'
+
+    def stop_at_the_last(config):
+        if config.learning_rate == 0.1:
+            assert len(rows_in(out_dir)) == 1  # trials.csv grows while the sweep runs
+            os.kill(os.getpid(), number)
+        return train(config)
+    monkeypatch.setattr(sweep_queue, 'KEEP_S', 0)
+    monkeypatch.setattr(sweep_queue, 'train', stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_main(learning_rate=[0.001, 0.1])
+    assert signal.getsignal(number) == before
+    assert '1 points, 1 runs' in (out_dir / 'report.md').read_text() and len(rows_in(out_dir)) == 1
+    assert trials_of(open_study(SweepConfig(out_dir=str(out_dir))), RUNNING, WAITING) == []
+
+
+@pytest.mark.slow
+def test_a_stop_ends_the_workers_and_writes_the_report(tiny, tmp_path):
+    flags = [f'--{key}={value}' for key, value in {**tiny, 'max_iters': 100, 'workers': 2}.items()]
+    rates, out_dir = ','.join(str(0.001 * k) for k in range(1, 41)), tmp_path / 'sweep'
+    script = 'import tools.sweep_queue as q, sweep; q.KEEP_S = 0; sweep.exit_on_user_error(sweep.main, "stopped")'
+    process = subprocess.Popen(
+        [sys.executable, '-c', script, *flags, f'--learning_rate={rates}', f'--out_dir={out_dir}'], text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    deadline = time.time() + 90
+    while not (out_dir / 'trials.csv').exists():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130 and 'Traceback' not in err and 'runs are missing' in err, err
+    finished = trials_of(open_study(SweepConfig(out_dir=str(out_dir))), COMPLETE)
+    assert trials_of(open_study(SweepConfig(out_dir=str(out_dir))), RUNNING) == []
+    assert 1 <= len(finished) == len(rows_in(out_dir)) < 40
+    assert f'{len(finished)} points' in (out_dir / 'report.md').read_text()
 
 
 def test_a_run_that_fails_is_said_and_run_again(sweep_main, tmp_path, monkeypatch, capfd):
@@ -370,7 +591,7 @@ def test_a_trials_csv_of_unknown_origin_is_refused(sweep_main, tmp_path):
     (tmp_path / 'sweep/study.db').unlink()
     (tmp_path / 'sweep/sweep.json').unlink()
     error, _ = sweep_main(**keys)
-    assert isinstance(error, UserError) and 'no sweep.json' in str(error)
+    assert isinstance(error, UserError) and 'sweep.json' in str(error) and 'No such file' in str(error)
 
 
 def test_a_storage_that_another_process_is_making_is_tried_again(tmp_path, monkeypatch):
@@ -476,9 +697,11 @@ def test_tune_writes_a_config_that_train_takes_larger(sweep_main, tmp_path, tiny
 
 
 def test_nothing_is_best_if_all_diverge(sweep_main, tmp_path):
-    error, _ = sweep_main('--tune', trials=2, learning_rate=[1e29, 1e30], grad_clip=0.0)
-    assert isinstance(error, UserError) and 'all 2 points diverged' in str(error)
+    """Neither by --tune nor by the report, nor is the exit code 0."""
+    code, out = sweep_main('--tune', trials=2, learning_rate=[1e29, 1e30], grad_clip=0.0)
+    assert code == 3 and '| completep | none: diverged |' in out and 'inf' not in out
     assert not (tmp_path / 'sweep/best.py').exists()
+    assert '2 diverged' in (tmp_path / 'sweep/report.md').read_text()
 
 
 def test_a_search_knows_its_model(sweep_main):
@@ -496,6 +719,18 @@ def test_a_search_in_which_all_fails_ends(sweep_main, monkeypatch):
     monkeypatch.setattr(sweep_queue, 'train', fail)
     error, _ = sweep_main(search='tpe', trials=3, learning_rate=[0.001, 0.1])
     assert isinstance(error, UserError) and 'no run has finished: RuntimeError: no' in str(error)
+
+
+def test_a_search_does_not_count_what_failed_as_to_do(sweep_main, monkeypatch):
+    def fail_once(config):
+        monkeypatch.setattr(sweep_queue, 'train', train)
+        raise RuntimeError('no')
+    monkeypatch.setattr(sweep_queue, 'train', fail_once)
+    keys = dict(search='tpe', trials=3, learning_rate=[0.001, 0.1])
+    code, out = sweep_main(**keys)
+    assert code == 1 and '3 runs, 3 to do' in out
+    code, out = sweep_main(**keys)
+    assert code == 1 and '3 runs, 0 to do' in out and '2 points, 2 runs' in out
 
 
 def test_two_workers_do_not_search_too_much(tiny, tmp_path):
@@ -520,9 +755,9 @@ def test_optimum_is_the_parabolas_lowest_point():
     for at in (-7.0, -6.3, -5.51):
         found = optimum(curve(at))
         assert found.at == pytest.approx(at) and found.mark == '' and found.best == 2.0**round(at)
-        assert math.isnan(found.error)
+        assert found.loss == pytest.approx(2.0 + 0.1 * (at - round(at))**2)
     found = optimum(curve(-6.2, losses_at=(-0.3, 0.0, 0.3)))
-    assert found.at == pytest.approx(-6.2) and found.error == pytest.approx(0.3 / math.sqrt(3))
+    assert found.at == pytest.approx(-6.2) and found.at_by_seed == pytest.approx({0: -6.5, 1: -6.2, 2: -5.9})
     assert optimum(curve(-3.0)).mark == '>' and optimum(curve(-11.0)).mark == '<'
     diverging = curve(-6.4)
     diverging[2.0**-5] = {0: math.inf}
@@ -530,7 +765,7 @@ def test_optimum_is_the_parabolas_lowest_point():
     assert found.at == -6.0 and found.mark == '~'  # no parabola fits infinity: take the best value that was run
     diverging = curve(-6.4, (0.0, 0.1))
     diverging[2.0**-5][1] = math.inf
-    assert math.isnan(optimum(diverging).error)
+    assert optimum(diverging).at_by_seed == {}
     uneven = curve(-6.0, (0.0, 0.0))
     for value in list(uneven)[:3]:  # the second seed is worse and ran at low values only
         uneven[value][1] += 0.05
@@ -538,7 +773,8 @@ def test_optimum_is_the_parabolas_lowest_point():
         del uneven[value][1]
     rows = [dict(lr=value, seed=seed, val_loss=loss) for value, losses in uneven.items()
             for seed, loss in losses.items()]
-    assert optimum(curve_of(rows, 'lr', [])).at == pytest.approx(-6.0)
+    found = optimum(curve_of(rows, 'lr', []))
+    assert found.at == pytest.approx(-6.0) and found.loss == pytest.approx(2.025)  # of both seeds, every row counts
 
 
 def test_drift_and_regret_by_hand():
@@ -548,8 +784,10 @@ def test_drift_and_regret_by_hand():
     assert found.regret_frac == pytest.approx(0.4 / 2.0)
     assert (found.better, found.shared) == (3, 6)  # at 2^-9, 2^-8, 2^-7 the second is lower; at 2^-6 they are equal
     found = compare([curve(-6.0, (-0.3, 0.3)), curve(-6.0, (-0.3, 0.3), lowest=1.9)])
-    assert found.drift == pytest.approx(0) and found.drift_error == pytest.approx(math.hypot(0.3, 0.3))
+    assert found.drift == pytest.approx(0) and found.drift_error == pytest.approx(0)  # of each seed, too
     assert found.regret_frac == found.regret_error == 0
+    found = compare([curve(-6.0, (-0.3, 0.3)), curve(-6.0, (0.3, -0.3))])  # the seeds drift by 0.6 and -0.6
+    assert found.drift_error == pytest.approx(0.6)
     diverged = curve(-8.0)
     diverged[2.0**-5] = {0: math.inf}
     assert compare([curve(-5.0), diverged]).regret_frac == math.inf
@@ -591,7 +829,7 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
     with pytest.raises(UserError, match='n_kv_head, norm is in shapes and in variants'):
         Sweep(SweepConfig(variants=variants[:2], shapes=[dict(norm='rmsnorm', n_kv_head=0)]), tiny)
     with pytest.raises(UserError, match='beta1=0.9 has no counterpart there'):
-        Sweep(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'train_tokens': 1024, 'seed': [1, 2]})
+        Sweep(SweepConfig(), {**tiny, 'base_batch_tokens': 8, 'base_train_tokens': 1024})
     assert [(one.n_embd, one.parameterization, one.norm, one.n_kv_head, one.optimizer) for one in sweep.configs] == [
         (n_embd, *variant) for n_embd in (16, 32) for variant in (
             ('completep', 'layernorm', 0, 'adamw'), ('completep', 'rmsnorm', 1, 'adamw'),
@@ -600,11 +838,33 @@ def test_variants_are_rows_of_their_own(sweep_main, tiny, tmp_path):
 
 @pytest.mark.parametrize('keys, message', [
     (dict(optimizer='muon', density=[0.5, 1.0]), "optimizer='muon' has no rule for density=0.5"),
-    (dict(tokens_per_param=1.0, base_batch_tokens=4), 'beta1=0.9 has no counterpart there')])
+    (dict(tokens_per_param=1.0, max_iters=None, base_batch_tokens=4), 'beta1=0.9 has no counterpart there')])
 def test_what_has_no_rule_ends_a_sweep_before_it_begins(sweep_main, tmp_path, keys, message):
     code, _ = sweep_main(**keys, out_dir=str(tmp_path / 'never'))
     assert isinstance(code, UserError) and message in str(code)
     assert not (tmp_path / 'never').exists()
+
+
+def test_a_model_that_diverged_everywhere_has_no_optimum(tmp_path):
+    models = [dict(n_layer=n, n_embd=32, density=1.0, parameterization='sp') for n in (2, 4)]
+    for diverged in (models[:1], models[1:]):
+        rows = [dict(model, learning_rate=lr, seed=1, trial=i, tokens=512, seconds=1.0,
+                     val_loss=math.inf if model in diverged else 2.0 + lr)
+                for i, model in enumerate(models) for lr in (0.01, 0.02, 0.04)]
+        text = SweepReport('name', rows, models, ['learning_rate'], {}).write(tmp_path)
+        cells = [cell.strip() for cell in text.split('| sp |')[1].split('\n')[0].split('|')]
+        assert cells[models.index(diverged[0])] == 'none: diverged' and 'inf' not in text and 'nan' not in text
+        assert cells[2:5] == ['none', 'diverged' if diverged == models[1:] else 'none', 'none']
+
+
+def test_rows_of_other_models_are_counted_not_used(sweep_main, tmp_path):
+    keys = dict(learning_rate=[0.001, 0.01], n_layer=[2, 4], parameterization=['sp', 'mup'])
+    assert sweep_main(**keys)[0] == 0
+    code, out = sweep_main(**{**keys, 'learning_rate': 0.01, 'n_layer': 2})
+    assert code == 0 and '4 points, 2 runs' in out  # also at the rate that this call does not name, for each rules
+    assert '2 more rows of trials.csv are not used: their models are not in this sweep (n_layer 4)' in out
+    assert len(rows_in(tmp_path / 'sweep')) == 4 + 2
+    assert 'not used' not in sweep_main(**keys)[1]
 
 
 def test_report_without_an_axis_compares_shapes_only(tmp_path):

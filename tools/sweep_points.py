@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import json
 import math
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
-from configurator import field_types, typed
+from configurator import field_types, merge, typed
 from model import GPT, GPTConfig
 from nanop.errors import UserError
 from nanop.machine import flops_per_token
@@ -53,7 +54,11 @@ def random_settings(axes, count, seed):
 
 
 def digest(config):
-    """The digest of a TrainConfig. Parameterizations enter by their rules, so equal models have equal digests."""
+    """The digest of a TrainConfig. Parameterizations enter by their rules, so equal models have equal digests, and so
+    do base batches and durations."""
+    if not config.tokens_per_param:  # else the number of steps depends on the model
+        config = replace(rescaled(config, num_steps(config, 0)), base_batch_tokens=0, base_train_tokens=0,
+                         rescale=DEFAULTS['rescale'])
     ignored = {*NOT_SWEPT, 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim'}
     if config.density == 1:
         ignored.add('mask_seed')
@@ -89,8 +94,10 @@ def typed_dicts(name, dicts, overrides, complete=False):
     ok = all(isinstance(each, dict) for each in dicts)
     if ok and complete:
         usual = DEFAULTS | overrides
-        changed = {key: usual.get(key) for each in dicts for key in each}
-        dicts = [changed | each for each in dicts]
+        whole = [merge(usual, each, TrainConfig) for each in dicts]
+        changed = dict.fromkeys([key for each in dicts for key in each] +  # and what these replace
+                                [key for each in whole for key in usual if each[key] != usual[key]])
+        dicts = [{key: each.get(key) for key in changed} for each in whole]
     if not ok or not all(each and each.keys() == dicts[0].keys() for each in dicts):
         raise UserError(f'{name}={dicts} is not allowed: use a list of dicts of the same keys, '
                         '[dict(n_layer=2), dict(n_layer=4)]')
@@ -106,7 +113,8 @@ class Sweep:
     configs, digests       the TrainConfig and the digest of each of the `points`
     row_keys               the keys that make the rows of the report's tables: parameterization and those of variants
     sampled                a sampler of Optuna chooses the points; `points` are the corners of what it searches
-    facts                  what a study keeps: `base`, the values that all trials share; `differ`, other keys; search
+    facts                  what a study keeps: `base`, the values that all trials share; `differ`, other keys; search;
+                           data, see data_facts()
     """
 
     def __init__(self, config, overrides):
@@ -125,13 +133,14 @@ class Sweep:
         self.points = self.make_points(values['seed'])
         self.worker_values = {key: values[key][0] for key in WORKER_KEYS if key in values}
         differ = sorted(self.axes if self.sampled else self.points[0])
-        shared = DEFAULTS | {key: held[0] for key, held in values.items()} | self.points[0]
+        set_by_points = {key: next(filter(None, (point[key] for point in self.points)), None) for key in self.points[0]}
+        shared = merge(DEFAULTS | {key: held[0] for key, held in values.items()}, set_by_points, TrainConfig)
         base = {key: value for key, value in shared.items() if key not in differ and key not in NOT_SWEPT}
-        self.facts = dict(differ=differ, search=config.search if self.sampled else 'points', base=base)
+        self.facts = dict(differ=differ, search=config.search if self.sampled else 'points', base=base, data={})
         self.configs = [self.train_config(point) for point in self.points]
         self.digests = list(map(digest, self.configs))
         self.num_runs = config.trials if self.sampled else len(set(self.digests))
-        self.digests_of_trials = {}  # by the trial's number
+        self.known_digests = {}  # by the values of the keys that differ
 
     def make_points(self, seeds):
         search = self.config.search
@@ -158,10 +167,35 @@ class Sweep:
             raise UserError(f"{error} (in {', '.join(f'{key}={value}' for key, value in point.items())})") from None
         return config
 
+    def digest_at(self, point):
+        """The digest of a point, which may be one of another sweep in the same study."""
+        params = {key: point[key] for key in self.facts['differ']}
+        at = tuple(params.values())
+        if at not in self.known_digests:
+            self.known_digests[at] = digest(self.train_config(self.points[0] | params))
+        return self.known_digests[at]
+
+    def divide(self, rows):
+        """(rows of this sweep's models, rows of other ones) from one row, a dict, for each finished run. The first are
+        one row for each point: models that compute the same share a run. Points of earlier calls are among them."""
+        if self.sampled:
+            return rows, []
+        runs = {}  # {digest: row}
+        for row in rows:
+            runs.setdefault(self.digest_at(row), row)
+        settings = {tuple(row[key] for key in (*self.axes, 'seed')): row for row in rows}.values()
+        others = [model | {key: row[key] for key in (*self.axes, 'seed')} for model in self.models for row in settings]
+        used = {}  # {point as a tuple: (point, its run)}
+        for point in self.points + others:
+            with suppress(UserError):  # what cannot be trained has not been
+                if (run := self.digest_at(point)) in runs:
+                    used[tuple(point.values())] = point, run
+        theirs = runs.keys() - {run for _, run in used.values()}
+        return ([{**point, **runs[run], **point} for point, run in used.values()],
+                [row for run, row in runs.items() if run in theirs])
+
     def point_of(self, trial):
         return self.points[0] | trial.params if self.sampled else trial.params
 
     def digest_of(self, trial):
-        if trial.number not in self.digests_of_trials:
-            self.digests_of_trials[trial.number] = digest(self.train_config(self.point_of(trial)))
-        return self.digests_of_trials[trial.number]
+        return self.digest_at(self.point_of(trial))

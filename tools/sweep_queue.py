@@ -6,12 +6,12 @@ validation loss, and its user attributes hold the worker, the other results (KEP
 """
 import contextlib
 import io
-import json
 import math
 import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import warnings
@@ -27,18 +27,25 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from model import CHOICES
+from nanop.dataset import content_differs, open_dataset
 from nanop.errors import UserError, exit_on_user_error, explained, first_line
 from nanop.machine import pick_device
+from nanop.terminal import STOP_SIGNALS
 from tools.stack import stack_size, stackable, train_stack, why_not_stack
-from tools.sweep_points import DEFAULTS, TYPES, Sweep, digest
-from tools.sweep_report import RESULTS, read_trials
-from train import TRAIN_CHOICES, train
+from tools.sweep_files import RESULTS, read_facts, read_trials
+from tools.sweep_points import DEFAULTS, TYPES, Sweep
+from train import TRAIN_CHOICES, TrainConfig, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
     'tpe': (lambda seed: optuna.samplers.TPESampler(), None), 'gp': (lambda seed: optuna.samplers.GPSampler(), 'scipy'),
     'qmc': (lambda seed: optuna.samplers.QMCSampler(seed=seed), 'scipy'),
     'cmaes': (lambda seed: optuna.samplers.CmaEsSampler(), 'cmaes'),
 }
+CONTENT = ('data_sha256', 'source_sha256', 'train_tokens', 'val_tokens')  # of meta.json: what is in a dataset
+STORAGE_ERRORS = sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
+COUNTED = ('tokens', 'seconds')  # results that the report needs of every run
+LOCK_S = 60  # how long to wait for another process that writes to SQLite
+KEEP_S = 5  # between two writes of trials.csv while runs finish
 GRACE = 3  # heartbeats that a worker may miss
 ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 KEPT = [key for key in RESULTS if key not in ('val_loss', 'trial')]  # from a run's summary
@@ -48,7 +55,8 @@ def open_study(config):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings('ignore', 'Heartbeat of storage')  # take() starts the heartbeat itself
-    url = config.storage or f"sqlite:///{Path(config.out_dir, 'study.db').resolve()}"
+    file = sqlalchemy.URL.create('sqlite', database=str(Path(config.out_dir, 'study.db').resolve()))
+    url = config.storage or file.render_as_string()  # any character may be in a folder's name
     try:
         make_sampler, _ = SAMPLERS.get(config.search, (lambda seed: optuna.samplers.RandomSampler(), None))
         return optuna.create_study(study_name=config.study, storage=open_storage(url, config.heartbeat_s),
@@ -65,7 +73,7 @@ def open_storage(url, heartbeat_s):
         return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
     sqlite = url.startswith('sqlite')
     options = dict(
-        engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else {}, heartbeat_interval=heartbeat_s,
+        engine_kwargs=dict(connect_args=dict(timeout=LOCK_S)) if sqlite else {}, heartbeat_interval=heartbeat_s,
         grace_period=GRACE * heartbeat_s, heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3))
     try:
         storage = optuna.storages.RDBStorage(url, **options)
@@ -83,6 +91,15 @@ def lock_before_reading(engine):
     sqlalchemy.event.listen(engine, 'connect', lambda connection, _: setattr(connection, 'isolation_level', None))
     sqlalchemy.event.listen(engine, 'begin', lambda connection: connection.exec_driver_sql('BEGIN IMMEDIATE'))
     engine.dispose()  # close the connection that was made without these two
+
+
+@contextlib.contextmanager
+def storage_errors_explained():
+    try:
+        yield
+    except STORAGE_ERRORS as error:  # Optuna's own does not say why
+        raise UserError(f'the storage failed ({first_line(error.__cause__ or error)}): see that it can be written and '
+                        'that no other process locks it, then run the same command again') from None
 
 
 def trials_of(study, *states):
@@ -104,42 +121,66 @@ def distribution(key, values, log=False):
 def enqueue(study, sweep, out_dir):
     """Add the points that the study does not have yet. A new study starts with the trials.csv in `out_dir`."""
     whose, known = f"study '{study.study_name}'", study.user_attrs.get('sweep')
-    rows = [] if known else read_trials(Path(out_dir, 'trials.csv'), TYPES)
+    rows = [] if known else read_trials(Path(out_dir, 'trials.csv'), TYPES, (*sweep.facts['differ'], *COUNTED))
     if rows:
-        whose, facts = f"'{Path(out_dir, 'trials.csv')}'", Path(out_dir, 'sweep.json')
-        if not facts.exists():
-            raise UserError(f'{whose} has no sweep.json next to it that describes its sweep: use another --out_dir')
-        known = json.loads(facts.read_text())
+        whose, known = f"'{Path(out_dir, 'trials.csv')}'", read_facts(Path(out_dir, 'sweep.json'))
     if known:
         require_same_sweep(known, sweep.facts, whose)
-    queue = []  # (point, state and results)
-    for row in {row['trial']: row for row in rows}.values():  # equal points share a trial
-        results = dict(value=row['val_loss'], user_attrs={key: row[key] for key in KEPT})
-        queue.append((row, dict(results, state=TrialState.COMPLETE)))
+        say_what_cannot_be_compared(known, sweep.facts, whose)
+    queue = [(row, dict(state=TrialState.COMPLETE, value=row['val_loss'],
+                        user_attrs={key: row.get(key) for key in KEPT})) for row in rows]
     queue += [(point, dict(state=TrialState.WAITING)) for point in sweep.points if not sweep.sampled]
     held = {key: [point[key] for point, _ in queue] for key in sweep.facts['differ']}
     there = {sweep.digest_of(trial) for trial in trials_of(study, *ALIVE)}
     for point, state in queue:
         params = {key: point[key] for key in held}
-        run = digest(sweep.train_config(sweep.points[0] | params))
-        if run in there:
-            continue
-        there.add(run)
-        distributions = {key: distribution(key, held[key], log=sweep.sampled) for key in held}
         with explained(ValueError, f'{whose} cannot take {params}', 'use another --out_dir or --study'):
-            study.add_trial(optuna.create_trial(params=params, distributions=distributions, **state))
+            run = sweep.digest_at(point)
+            if run not in there:  # equal points share a trial
+                distributions = {key: distribution(key, held[key], log=sweep.sampled) for key in held}
+                study.add_trial(optuna.create_trial(params=params, distributions=distributions, **state))
+            there.add(run)
+    if known:  # what an old study did not say of its data stays unknown
+        sweep.facts['data'] |= known.get('data', dict.fromkeys(sweep.facts['data'], {}))
     study.set_user_attr('sweep', sweep.facts)
 
 
 def require_same_sweep(known, facts, whose):
     """Refuse two sweeps whose trials share other values, or differ in other keys."""
     def described(facts):
-        texts = {key: f'is {value!r}' for key, value in facts['base'].items()}
+        replaced = {key for group in TrainConfig.one_of if not set(facts['differ']).isdisjoint(group) for key in group}
+        texts = {key: f'is {value!r}' for key, value in facts['base'].items() if key not in replaced}
         return texts | dict.fromkeys(facts['differ'], 'varies') | dict(search=f"is {facts['search']!r}")
     here, there = described(facts), described(dict(facts, base=DEFAULTS)) | described(known)  # or the default
     changes = [f'{key} {there[key]} there and {here[key]} here' for key in here if there[key] != here[key]]
     if changes:
         raise UserError(f"{whose} is of another sweep: {'; '.join(changes)}. Use another --out_dir or --study")
+    for name, its_data in facts['data'].items():
+        texts = content_differs(known.get('data', {}).get(name, {}), its_data)
+        if texts:
+            raise UserError(f"{whose} has trained on other data called '{name}': {'; '.join(texts)}. Prepare the data "
+                            'again, or use another --out_dir or --study')
+
+
+def say_what_cannot_be_compared(known, facts, whose):
+    for name, its_data in facts['data'].items():
+        there = known.get('data', {name: {}}).get(name, its_data)  # of a new name there is nothing to compare
+        if not {'data_sha256', 'source_sha256'} & its_data.keys() & there.keys():
+            print(f"{whose} does not say what was in the data '{name}': whether it is the same now cannot be compared")
+
+
+def data_facts(configs):
+    """What a study keeps of the data of these TrainConfigs: {name: {key of meta.json: value}}."""
+    names = dict.fromkeys(config.dataset for config in configs)
+    metas = {name: open_dataset(name).meta for name in names}
+    return {name: {key: meta[key] for key in CONTENT if key in meta} for name, meta in metas.items()}
+
+
+def require_data(study, sweep, configs):
+    """Refuse data that differs from the study's, before training on it: this machine may have its own."""
+    if any(config.dataset not in sweep.facts['data'] for config in configs):
+        sweep.facts['data'] |= data_facts(configs)
+        require_same_sweep(study.user_attrs.get('sweep', sweep.facts), sweep.facts, f"study '{study.study_name}'")
 
 
 def requeue_stale_trials(study, heartbeat_s):
@@ -181,6 +222,7 @@ def take(study, sweep, trials, heartbeats):
             continue
         try:
             config = sweep.train_config(sweep.point_of(trial))
+            require_data(study, sweep, [config])
         except UserError as error:  # a sampler does not know which values are allowed together
             tell(study, trials.pop(), dict(error=str(error)), state=TrialState.FAIL)
             continue
@@ -250,8 +292,8 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
     if any(each.compile for each in sweep.configs):  # torch.compile keeps only few graphs by default
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     has_heartbeat, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
-    errors = sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
-    with explained(errors, 'the storage failed', 'run the same command again when it works'):
+    with storage_errors_explained():
+        require_data(study, sweep, sweep.configs)
         while not parent or parent.is_alive():
             requeue_stale_trials(study, config.heartbeat_s)
             if run_next(study, sweep):
@@ -262,9 +304,24 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
                 return
 
 
+@contextlib.contextmanager
+def stoppable():
+    """While entered, every signal that stops a run is a KeyboardInterrupt, as Ctrl-C is."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def worker_main(*arguments):
-    with contextlib.suppress(KeyboardInterrupt):  # the parent prints that the sweep was stopped
-        exit_on_user_error(lambda: work(*arguments))
+    def main():
+        with contextlib.suppress(KeyboardInterrupt), stoppable():  # the parent prints that the sweep was stopped
+            work(*arguments)
+    exit_on_user_error(main)
 
 
 def worker_places(num_workers, device):
@@ -276,22 +333,28 @@ def worker_places(num_workers, device):
         return [(devices[number % len(devices)], 0) for number in range(num_workers or len(devices))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     num_workers = num_workers or cores  # small models leave a second thread idle: see LOG.md
-    return [(device, max(1, cores // num_workers))] * num_workers
+    return [(device, max(1, min(torch.get_num_threads(), cores // num_workers)))] * num_workers
 
 
-def run_workers(study, sweep, overrides, costs):
-    """Start the workers and show their progress until they end. `costs` is {digest: FLOPs}."""
+def run_workers(study, sweep, overrides, costs, keep):
+    """Start the workers, show their progress and keep() what has finished, until they end or this process is stopped.
+    `costs` is {digest: FLOPs}."""
     config, places = sweep.config, worker_places(sweep.config.workers, sweep.configs[0].device)
     print(f"{len(places)} worker{'s' * (len(places) > 1)}, {places[0][1] or 'all'} thread(s) each", flush=True)
     most = max(costs.values())  # for points that a sampler has yet to choose
     total = sum(costs.values()) if not sweep.sampled else sweep.num_runs * most
+    kept_at = time.monotonic()
 
     def show():
+        nonlocal kept_at
         finished = finished_trials(study, sweep)
         diverged = sum(trial.value == math.inf for trial in finished)
         bar.set_postfix_str(f'{len(finished)} of {sweep.num_runs} runs, {diverged} diverged', refresh=False)
         spent = sum(costs.get(sweep.digest_of(trial), most) for trial in finished)
         bar.update(round(spent / 1e9) - bar.n)
+        if time.monotonic() > kept_at + KEEP_S:
+            keep()
+            kept_at = time.monotonic()
 
     with tqdm(total=round(total / 1e9), dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60, miniters=0,
               bar_format='{l_bar}{bar}| {elapsed} elapsed, {remaining} left{postfix}') as bar:
@@ -301,12 +364,20 @@ def run_workers(study, sweep, overrides, costs):
             return work(config, overrides, *places[0], show)
         context = multiprocessing.get_context('spawn')
         workers = [context.Process(target=worker_main, args=(config, overrides, *place)) for place in places]
+        on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the workers: this process stops them
         for worker in workers:
             worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(timeout=1)
-                show()
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        try:
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(timeout=1)
+                    show()
+        finally:
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.join()
 
 
 def finished_trials(study, sweep):
@@ -319,14 +390,15 @@ def finished_trials(study, sweep):
 
 
 def rows_of(study, sweep):
-    """(rows of the points of this sweep that have run, rows of other finished trials). Equal points share a trial."""
-    def row(point, trial):
-        return dict(point, val_loss=trial.value, trial=trial.number, **{key: trial.user_attrs.get(key) for key in KEPT})
-    finished = finished_trials(study, sweep)
-    if sweep.sampled:
-        return [row(sweep.point_of(trial), trial) for trial in finished], []
-    first = {sweep.digest_of(trial): trial for trial in finished}
-    rows = [row(point, first[run]) for point, run in zip(sweep.points, sweep.digests) if run in first]
-    others = [row(sweep.point_of(trial), trial) for trial in trials_of(study, TrialState.COMPLETE)
-              if sweep.digest_of(trial) not in sweep.digests]
-    return rows, others
+    """(rows of this sweep's models, rows of other finished trials), see Sweep.divide()."""
+    return sweep.divide([
+        dict(sweep.point_of(trial), val_loss=trial.value, **{key: trial.user_attrs.get(key) for key in KEPT},
+             trial=trial.number) for trial in trials_of(study, TrialState.COMPLETE)])
+
+
+def num_to_do(study, sweep):
+    """How many runs this sweep still needs. A point that a sampler chose and that failed is not run again."""
+    if not sweep.sampled:
+        return sweep.num_runs - len(finished_trials(study, sweep))
+    done = sum(trial.state == TrialState.COMPLETE or 'error' in trial.user_attrs for trial in trials_of(study))
+    return max(0, sweep.num_runs - done)

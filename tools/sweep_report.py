@@ -1,5 +1,5 @@
 """
-What a sweep found: trials.csv, a plot for each axis, and report.md with optimum, drift and regret.
+What a sweep found: a plot for each axis, and report.md with optimum, drift and regret.
 
     row      {key: value} of one run: its point (n_layer, learning_rate, seed, ..) and its results
     losses   {seed: loss}: nats per token over the fixed validation tokens after the last step; infinity if it diverged
@@ -16,36 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 from nanop import plots
-from nanop.files import read_csv, write_csv
-
-RESULTS = dict(val_loss=float, bits_per_byte=float, last_train_loss=float, diverged_at=int, tokens=int, params=int,
-               seconds=float, stack=int, dtype=str, device=str, torch=str, trial=int)
-
-
-def write_trials(path, rows):
-    """Write all rows to a CSV file, first the keys of the points, then the results."""
-    keys = dict.fromkeys(key for row in rows for key in row if key not in RESULTS)
-    write_csv(path, rows, [*keys, *RESULTS])
-
-
-def read_trials(path, types):
-    """The rows that write_trials() wrote, with values of the `types`, {key: type}; none if there is no file."""
-    def value_of(key, text):
-        kind = types.get(key) or RESULTS.get(key, str)
-        return None if not text else text == 'True' if kind is bool else kind(text)
-    return [{key: value_of(key, text) for key, text in row.items()} for row in read_csv(path)]
 
 
 class Optimum(NamedTuple):
-    """Where a curve is lowest: `best`, the best value that was run, and `at` +- `error`, the minimum of a parabola.
-    `at` is log2 of the value where that makes sense, see position(). `error` is the standard error over the seeds, nan
-    unless every seed has its own parabola. `mark`: '<' or '>' if the first or last value is best, so that the optimum
-    may lie beyond it; '~' if a neighbouring run diverged, so that there is no parabola."""
+    """Where a curve is lowest: `best`, the best value that was run, its `loss`, and `at`, the minimum of a parabola.
+    `at` is log2 of the value where that makes sense, see position(). `mark`: '<' or '>' if the first or last value is
+    best, so that the optimum may lie beyond it; '~' if a neighbouring run diverged, so that there is no parabola.
+    `at_by_seed`: each seed's own minimum, {} unless every seed has a parabola. Where all diverged, `best` is None."""
     best: object
+    loss: float
     at: float
-    error: float
     mark: str
-    losses: dict  # at `best`
+    at_by_seed: dict
 
 
 def is_categorical(values):
@@ -59,8 +41,19 @@ def position(value, values):
     return math.log2(value) if min(values) > 0 else float(value)
 
 
-def mean_loss(losses):
-    return sum(losses.values()) / len(losses)
+def mean_losses(curve):
+    """{value: mean over all seeds}. Of a value that only some seeds ran, each loss is first shifted by how far its seed
+    lies from the mean at the nearest value that all ran: seeds differ, which must not look like the value's doing."""
+    seeds, values, means = set().union(*curve.values()), sorted(curve), {}
+    of_all = [i for i, value in enumerate(values) if curve[value].keys() == seeds
+              and math.inf not in curve[value].values()]
+    for i, value in enumerate(values):
+        mean = np.mean(list(curve[value].values()))
+        if len(curve[value]) < len(seeds) and of_all:
+            nearest = curve[values[min(of_all, key=lambda other: abs(other - i))]]
+            mean += np.mean(list(nearest.values())) - np.mean([nearest[seed] for seed in curve[value]])
+        means[value] = float(mean)
+    return means
 
 
 def standard_error(values):
@@ -68,19 +61,17 @@ def standard_error(values):
 
 
 def curve_of(rows, axis, other_axes):
-    """The curve of rows along an axis; at each value the other axes are at their best, on average over the seeds that
-    ran at every value, if there are any."""
+    """The curve of rows along an axis; at each value the other axes are at their best, on average over the seeds."""
     losses_at = {}
     for row in rows:
         setting = (row[axis], *[row[key] for key in other_axes])
         losses_at.setdefault(setting, {})[row['seed']] = row['val_loss']
-    common_seeds = set.intersection(*map(set, losses_at.values()))
-    curve = {}
-    for (value, *_), losses in sorted(losses_at.items()):
-        losses = {seed: losses[seed] for seed in sorted(common_seeds or losses)}
-        if value not in curve or mean_loss(losses) < mean_loss(curve[value]):
-            curve[value] = losses
-    return curve
+    means, best = mean_losses(losses_at), {}  # best: {value: its best setting}
+    for setting in sorted(losses_at):
+        value = setting[0]
+        if value not in best or means[setting] < means[best[value]]:
+            best[value] = setting
+    return {value: losses_at[setting] for value, setting in best.items()}
 
 
 def minimum(xs, losses):
@@ -98,19 +89,21 @@ def minimum(xs, losses):
 
 
 def optimum(curve):
-    """The Optimum of a curve: fitted to the mean over the seeds, its error from a fit for each seed."""
-    best = min(curve, key=lambda value: mean_loss(curve[value]))
+    """The Optimum of a curve: fitted to the mean over the seeds, and to each seed."""
+    means = mean_losses(curve)
+    best = min(means, key=means.get)
+    if means[best] == math.inf:
+        return Optimum(None, math.inf, math.nan, '', {})
     if is_categorical([best]):
-        return Optimum(best, position(best, curve), math.nan, '', curve[best])
+        return Optimum(best, means[best], position(best, curve), '', {})
     xs = {value: position(value, curve) for value in curve}
-    at, mark = minimum(list(xs.values()), [mean_loss(losses) for losses in curve.values()])
-    minima, all_fitted = [], not mark
+    at, mark = minimum(list(xs.values()), list(means.values()))
+    of_seeds = {}  # {seed: (its minimum, its mark)}
     for seed in curve[best]:
         values = [value for value in curve if seed in curve[value]]
-        its_minimum, its_mark = minimum([xs[value] for value in values], [curve[value][seed] for value in values])
-        minima.append(its_minimum)
-        all_fitted = all_fitted and not its_mark
-    return Optimum(best, at, standard_error(minima) if all_fitted else math.nan, mark, curve[best])
+        of_seeds[seed] = minimum([xs[value] for value in values], [curve[value][seed] for value in values])
+    all_fitted = not mark and not any(mark for _, mark in of_seeds.values())
+    return Optimum(best, means[best], at, mark, {seed: at for seed, (at, _) in of_seeds.items() if all_fitted})
 
 
 Comparison = namedtuple('Comparison', 'drift drift_error regret_frac regret_error better shared')
@@ -119,20 +112,20 @@ Comparison = namedtuple('Comparison', 'drift drift_error regret_frac regret_erro
 def compare(curves):
     """The Comparison of the curves of one parameterization, from the base shape to the target.
     Drift: of the optimum. Regret: how much higher the target's loss is at the base's best value than at its own.
-    Errors: over the seeds, or nan. All shapes ran `shared` values; at `better`, each beats the shape before it."""
-    first, last = optimum(curves[0]), optimum(curves[-1])
-    drift, drift_error = last.at - first.at, math.hypot(first.error, last.error)
+    Errors: of the differences that each seed has between the two, or nan. All shapes ran `shared` values; at `better`,
+    each beats the shape before it."""
+    first, last, means = optimum(curves[0]), optimum(curves[-1]), list(map(mean_losses, curves))
+    drift, both = last.at - first.at, first.at_by_seed.keys() & last.at_by_seed.keys()
+    drift_error = standard_error([last.at_by_seed[seed] - first.at_by_seed[seed] for seed in both])
     regret_frac = regret_error = math.nan
-    if first.best in curves[-1]:
-        losses = curves[-1][first.best]
-        regret_frac = mean_loss(losses) / mean_loss(last.losses) - 1
+    if last.best is not None and first.best in curves[-1]:
+        kept, own = curves[-1][first.best], curves[-1][last.best]
+        regret_frac = means[-1][first.best] / last.loss - 1
         if math.isfinite(regret_frac):
-            seeds = losses.keys() & last.losses.keys()
-            regret_error = standard_error([losses[seed] / last.losses[seed] - 1 for seed in seeds])
-    means = [[mean_loss(curve[value]) for curve in curves] for value in curves[0]
-             if all(value in curve for curve in curves)]
-    better = sum(all(after < before for before, after in zip(each, each[1:])) for each in means)
-    return Comparison(drift, drift_error, regret_frac, regret_error, better, len(means))
+            regret_error = standard_error([kept[seed] / own[seed] - 1 for seed in kept.keys() & own.keys()])
+    shared = [[each[value] for each in means] for value in curves[0] if all(value in curve for curve in curves)]
+    better = sum(all(after < before for before, after in zip(each, each[1:])) for each in shared)
+    return Comparison(drift, drift_error, regret_frac, regret_error, better, len(shared))
 
 
 def number(value):
@@ -147,8 +140,12 @@ LEGEND = """\
 Optimum: the minimum of a parabola in log2 through the best value and its two neighbours, fitted to the mean over the
 seeds, ± the standard error of the seeds' own optima; then the loss at the best value that was run. < and >: the best
 value is the first or last one that was run, so the optimum may lie beyond it. ~: a neighbouring run diverged, so there
-is no parabola. Drift: optimum of the last shape minus that of the first. Regret: how much higher the loss of the last
-shape is at the best value of the first shape than at its own. The other axes, if any, are at their best."""
+is no parabola. Drift: optimum of the last shape minus that of the first, ± the standard error of the seeds' own drifts.
+Regret: how much higher the loss of the last shape is at the best value of the first shape than at its own. The other
+axes, if any, are at their best."""
+UNEVEN = """\
+Some values ran with some of the seeds only. Their means are shifted by how far these seeds lie from the mean of all at
+the nearest value that all ran; if there is none, they are not shifted."""
 SEARCH_LEGEND = """\
 Each cell: the best value that was found, and its loss. Regret: how much higher the loss of the last shape is at the
 best value of the first shape than at its own."""
@@ -157,11 +154,11 @@ best value of the first shape than at its own."""
 class SweepReport:
     """The tables and plots of a sweep. `models` go from base to target; `axes` are what is tuned; `shared` are the keys
     that all runs share; with `fit` the axes are grids, to which parabolas are fitted. Models that differ in `row_keys`
-    get different rows of the tables and panels of the plots."""
+    get different rows of the tables and panels of the plots. `others` are the rows of trials.csv that are not used."""
 
-    def __init__(self, name, rows, models, axes, shared, fit=True, row_keys=('parameterization',)):
+    def __init__(self, name, rows, models, axes, shared, fit=True, row_keys=('parameterization',), others=()):
         self.name, self.rows, self.models, self.axes, self.shared = name, rows, models, list(axes), shared
-        self.fit, self.row_keys = fit, row_keys
+        self.fit, self.row_keys, self.others = fit, row_keys, others
         same = {}  # {trials: [rules, ..]}; rules that came to the same runs are one row: sp = mup
         for rules in dict.fromkeys(self.rules_of(model) for model in models):
             trials = tuple(row['trial'] for row in rows if self.rules_of(row) == rules)
@@ -195,17 +192,22 @@ class SweepReport:
 
     def optimum_text(self, curve):
         best = optimum(curve)
+        if best.best is None:
+            return 'none: diverged'
         if not self.fit or is_categorical(curve) or len(curve) < 3:
             exact = isinstance(best.best, float) and min(curve) > 0 and math.log2(best.best).is_integer()
             value = f'2^{math.log2(best.best):.0f}' if exact else number(best.best)
-            return f'{value}: {mean_loss(best.losses):.4f}'
+            return f'{value}: {best.loss:.4f}'
         power, form = ('2^', '{:.2f}') if min(curve) > 0 else ('', '{:.3g}')
-        mark = f'{best.mark} ' if best.mark else ''
-        return f'{mark}{power}{plus_minus(best.at, best.error, form)}: {mean_loss(best.losses):.4f}'
+        mark, error = f'{best.mark} ' if best.mark else '', standard_error(list(best.at_by_seed.values()))
+        return f'{mark}{power}{plus_minus(best.at, error, form)}: {best.loss:.4f}'
 
     def comparison_texts(self, curves):
         """Drift, loss at the first shape's best value, regret, and how often each shape is better, as text."""
         found, first, last = compare(curves), optimum(curves[0]), optimum(curves[-1])
+        if first.best is None or last.best is None:
+            return ['none', 'diverged' if first.best in curves[-1] else 'none', 'none',
+                    f'{found.better} of {found.shared}']
         if not self.fit or is_categorical(curves[0]) or min(curves[0]) <= 0:
             drift = f'{number(first.best)} to {number(last.best)}'
         else:
@@ -214,7 +216,7 @@ class SweepReport:
                 drift += f" ({' '.join(dict.fromkeys(first.mark + last.mark))})"
         loss = regret = 'not run'
         if first.best in curves[-1]:
-            loss = f'{mean_loss(curves[-1][first.best]):.4f}'
+            loss = f'{mean_losses(curves[-1])[first.best]:.4f}'.replace('inf', 'diverged')
             regret = plus_minus(100 * found.regret_frac, 100 * found.regret_error, '{:.1f}') + '%'
             regret = 'diverged' if found.regret_frac == math.inf else regret
         return [drift, loss, regret, f'{found.better} of {found.shared}']
@@ -244,21 +246,28 @@ class SweepReport:
                  f'{len(self.rows)} points, {len(seconds)} runs (equal ones are trained once), {diverged} diverged, '
                  f'{len(seeds)} seed(s); {tokens} training tokens a run; {sum(seconds.values()) / 3600:.2f} hours '
                  'of training in all.', '', f'Shared by all: {shared}.', '']
+        if self.others:
+            models = {tuple(f'{key} {number(row[key])}' for key in self.models[0]) for row in self.others}
+            wanted = {f'{key} {number(model[key])}' for model in self.models for key in model}
+            foreign = sorted({text for model in models for text in model} - wanted) or ['other combinations']
+            lines += [f"{len(self.others)} more rows of trials.csv are not used: their models are not in this sweep "
+                      f"({', '.join(foreign)}).", '']
         for axis in self.varied or self.axes[:1]:
             lines += [f'## {axis}', '', *self.table(axis), '']
-            lines += [f'![{axis}]({axis}.png)', ''] if axis in self.varied else []
-        if self.shape_keys:
+            lines += [f'![{axis}]({axis}.png)', ''] if axis in self.varied and diverged < len(self.rows) else []
+        if self.shape_keys and diverged < len(self.rows):
             lines += ['![every shape with the values that are best for the first](shapes.png)', '']
+        if any(len({*map(frozenset, curve.values())}) > 1 for axis in self.varied for curves in
+               self.curves(axis).values() for curve in curves.values()):
+            lines += [UNEVEN, '']
         return '\n'.join([*lines, LEGEND if self.fit else SEARCH_LEGEND]) + '\n'
 
     def plot(self, axis, path):
         """Loss against one axis: a panel for each row of rules, a line for each shape, with its minimum marked."""
         panels, values = self.curves(axis), sorted({row[axis] for row in self.rows})
         drawn = [curve for curves in panels.values() for curve in curves.values()]
-        means = [[mean_loss(losses) for losses in curve.values()] for curve in drawn]
+        means = [list(mean_losses(curve).values()) for curve in drawn]
         finite = [loss for each in means for loss in each if loss < math.inf]
-        if not finite:
-            return
         # every minimum must show; a few runs that barely learned would flatten the curves
         low, high = min(finite), max(np.quantile(finite, 0.9), *[min(each) for each in means if min(each) < math.inf])
         limits = low - 0.05 * (high - low), high + 0.12 * (high - low) + 1e-6
@@ -273,7 +282,7 @@ class SweepReport:
                 title = textwrap.fill(label, 40)
                 if len(curves) == len(self.shapes) > 1 and self.fit:
                     drift, _, regret, _ = self.comparison_texts(list(curves.values()))
-                    title += f"\ndrift {drift.split(' (')[0]}, regret {regret}"
+                    title += f"\ndrift {drift}, regret {regret}"
                 panel.set_title(title, fontsize=10)
                 if is_categorical(values):
                     panel.set_xticks(range(len(values)), [str(value) for value in values])
@@ -285,7 +294,7 @@ class SweepReport:
     def draw_curve(self, panel, curve, values, top, color, label):
         """Draw mean losses, the range over the seeds, the minimum, and diverged runs as crosses at the `top`."""
         xs = np.array([position(value, values) for value in curve])
-        means = np.array([mean_loss(losses) for losses in curve.values()])
+        means = np.array(list(mean_losses(curve).values()))
         finite = means < math.inf
         if self.fit:
             panel.plot(xs, np.where(finite, means, math.nan), '.-', color=color, label=label)
@@ -310,12 +319,11 @@ class SweepReport:
                 if self.shapes[0] not in curves or i >= 10:  # more colors could not be told apart
                     continue
                 first_best = optimum(curves[self.shapes[0]]).best
-                transferred = {shape: curve[first_best] for shape, curve in curves.items() if first_best in curve}
-                tuned = {shape: optimum(curve).losses for shape, curve in curves.items()}
-                for losses, style, name in ((transferred, 'o-', label), (tuned, ':', None)):
+                kept = {shape: mean_losses(curve)[first_best] for shape, curve in curves.items() if first_best in curve}
+                tuned = {shape: optimum(curve).loss for shape, curve in curves.items()}
+                for losses, style, name in ((kept, 'o-', label), (tuned, ':', None)):
                     xs = [self.shapes.index(shape) for shape in losses]
-                    means = np.array([mean_loss(each) for each in losses.values()])
-                    means[means == math.inf] = math.nan
+                    means = [loss if loss < math.inf else math.nan for loss in losses.values()]
                     panel.plot(xs, means, style, color=f'C{i}', label=name, markersize=5)
             panel.set_xticks(range(len(self.shapes)), [shape.replace(', ', '\n') for shape in self.shapes])
             panel.set_ylabel('validation loss (nats per token)')
@@ -326,6 +334,8 @@ class SweepReport:
         """Write report.md, a plot for each axis and one over the shapes. Returns the text of the report."""
         out_dir, text = Path(out_dir), self.markdown()
         (out_dir / 'report.md').write_text(text)
+        if all(row['val_loss'] == math.inf for row in self.rows):
+            return text
         for axis in self.varied:
             self.plot(axis, out_dir / f'{axis}.png')
         if self.shape_keys:
