@@ -6,13 +6,15 @@ Turns a command line of config files and --key=value flags into overrides for a 
 Files and flags apply from left to right. A config file is Python made of plain assignments; names that start with an
 underscore are its own. It runs as code: use files you trust.
 """
+import ast
 import difflib
 import inspect
+import os
 import runpy
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 
 from nanop.errors import UserError
 
@@ -41,6 +43,12 @@ def typed(key, value, types, where, axes=()):
     return value
 
 
+def imported_names(path):
+    """The names that a config imports one by one, from math import sqrt: they are its own unless they are keys."""
+    imports = [node for node in ast.walk(ast.parse(Path(path).read_bytes())) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports for alias in node.names}
+
+
 def read_file(path, types, axes=()):
     """The overrides in one config file."""
     if not Path(path).is_file():
@@ -51,15 +59,17 @@ def read_file(path, types, axes=()):
         names = runpy.run_path(path)
     except SyntaxError as error:
         raise UserError(f'{path}, line {error.lineno}: {error.msg}') from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None
     finally:
         sys.path.remove(folder)
         for name in set(sys.modules) - modules_before:  # another folder may have a file of the same name
             if str(getattr(sys.modules[name], '__file__', None) or '').startswith(folder):
                 del sys.modules[name]
+    helpers = imported_names(path) | {key for key, value in names.items()
+                                      if isinstance(value, ModuleType) or callable(value)}
     overrides = {key: typed(key, value, types, path, axes) for key, value in names.items()
-                 if not key.startswith('_') and not isinstance(value, (ModuleType, FunctionType))}
+                 if not key.startswith('_') and (key in types or key not in helpers)}
     if not overrides:  # YAML's `n_layer: 3`, for one, is valid Python that sets nothing
         raise UserError(f'{path}: sets no key; a config is Python, a line like n_layer = 3 for each key')
     return overrides
@@ -95,6 +105,14 @@ def print_help(defaults):
         print(inspect.getsource(keys).split('\n    def __post_init__')[0] + '\n')
 
 
+def merge(earlier, later, defaults):
+    """`earlier` overridden by `later`. A group in defaults.one_of is of keys that set one thing: where `later` sets one
+    of them, the others go back to their defaults."""
+    replaced = {key: getattr(defaults, key) for group in defaults.one_of if any(later.get(key) for key in group)
+                for key in group if key in earlier}
+    return earlier | replaced | later
+
+
 def configure(defaults, argv, axes=None, switches=()):
     """The overrides of the dataclass `defaults` on a command line; --help prints the manual and exits.
 
@@ -102,15 +120,24 @@ def configure(defaults, argv, axes=None, switches=()):
     """
     types, more = field_types(defaults), field_types(axes)
     listed = more.keys() - types.keys()
-    types, overrides = more | types, {}
+    types, overrides, flags = more | types, {}, {}
+    rules = next((keys for keys in (axes, defaults) if hasattr(keys, 'one_of')), None)
     for argument in argv:
         if argument in ('-h', '--help'):
             print_help(defaults)
             sys.exit(0)
-        if argument.startswith('--'):
-            overrides |= read_flag(argument, types, listed, switches)
-        else:
-            overrides |= read_file(argument, types, listed)
+        is_flag = argument.startswith('--')
+        later = read_flag(argument, types, listed, switches) if is_flag else read_file(argument, types, listed)
+        flags |= later if is_flag else {}
+        for group in rules.one_of if rules else ():
+            both = [key for key in group if (flags | later).get(key)]
+            if len(both) > 1:
+                raise UserError(f"{argument}: {' and '.join(both)} set one thing: leave one of them out (a config may "
+                                'del what it imports; a flag after a config replaces it)')
+            lost = [key for key in group if overrides.get(key) and key not in later and key not in flags and both]
+            if lost and os.environ.get('RANK', '0') == '0':
+                print(f"{argument} replaces {', '.join(f'{key}={overrides[key]}' for key in lost)}")
+        overrides = merge(overrides, later, rules) if rules else overrides | later
     return overrides
 
 

@@ -10,6 +10,7 @@ GPT.configure_optimizers.
     m_N    width ratio     n_embd   / base_n_embd
     m_L    depth ratio     n_layer  / base_n_layer
     m_D    head ratio      head_dim / base_head_dim
+    m_K    ratio of d_kv   d_kv     / base_d_kv, the width n_kv_head * head_dim of shared keys and values
     rho    density         fraction of the attention and MLP weights that are not masked
     alpha  depth exponent  residual branches are multiplied by m_L^-alpha
 
@@ -62,7 +63,7 @@ class Rule(NamedTuple):
     muon: tuple | None = None  # (lr, weight_decay, eps) where Muon takes the step
 
 
-def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'):
+def scaling_rules(m_N, m_L, m_D, rho, alpha, m_K, proj_std, unembed_form='multiplier'):
     """The factors for every role, for AdamW: Table 1 of arXiv:2505.01618, version 4. eps follows the gradient's size.
 
     rho acts on init and lr as in arXiv:2405.15743; on weight decay by our derivation, to keep lr * weight_decay.
@@ -81,10 +82,12 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'
         # role                    init_std         lr               weight_decay  eps           forward  muon
         'embedding':         Rule(1.0,             1.0,             1.0,          1 / m_N,      1.0),
         'block_norm':        Rule(0.0,             block_lr,        0.0,          branch / m_N, 1.0),
-        'qk_norm':           Rule(0.0,             block_lr,        0.0,          branch,       1.0),  # sums over heads
+        'qk_norm':           Rule(0.0,             block_lr,        0.0,          branch / m_D, 1.0),  # sums over heads
         'hidden_weight':     Rule(std,             block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
         'residual_proj':     Rule(std * proj_std,  block_lr / m_in, m_in,         branch / m_N, 1.0, muon),
         'hidden_bias':       Rule(0.0,             block_lr,        0.0,          branch / m_N, 1.0),
+        'kv_weight':         Rule(std,             block_lr / m_in, m_in,         branch / m_K, 1.0, muon),  # sums, too
+        'kv_bias':           Rule(0.0,             block_lr,        0.0,          branch / m_K, 1.0),
         'final_norm':        Rule(0.0,             1.0,             0.0,          1 / m_N,      1.0),
         # eps of the unembedding: its gradient carries the factor on the logits
         'unembedding':       Rule(unembed,         unembed,         1 / unembed,  logits,       logits),
@@ -94,10 +97,10 @@ def scaling_rules(m_N, m_L, m_D, rho, alpha, proj_std, unembed_form='multiplier'
 
 
 def length_rules(batch_ratio, duration_ratio):
-    """Factors on AdamW's (lr, weight decay, eps, 1 - beta), in every role, for another batch size or duration (tokens)
-    than the base's. They keep the gradient noise of a whole run: Table 1 of arXiv:2512.22382."""
+    """Factors on AdamW's lr, weight decay and eps and on 1 - beta, in every role, for another batch size or duration
+    (tokens) than the base's. They keep the gradient noise of a whole run: Table 1 of arXiv:2512.22382."""
     ratio = batch_ratio / duration_ratio
-    return ratio ** 0.5, ratio ** 0.5, ratio ** -0.5, ratio
+    return dict(lr=ratio ** 0.5, weight_decay=ratio ** 0.5, eps=ratio ** -0.5, beta1=ratio, beta2=ratio)
 
 
 ROLES = {  # every parameter's full name must match exactly one pattern
@@ -107,6 +110,8 @@ ROLES = {  # every parameter's full name must match exactly one pattern
     'hidden_weight': r'transformer\.h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight',
     'residual_proj': r'transformer\.h\.\d+\.(attn|mlp)\.c_proj\.weight',
     'hidden_bias':   r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias',
+    'kv_weight':     r'transformer\.h\.\d+\.attn\.c_kv\.weight',
+    'kv_bias':       r'transformer\.h\.\d+\.attn\.c_kv\.bias',
     'final_norm':    r'transformer\.ln_f\.(weight|bias)',
     'unembedding':   r'lm_head\.weight',
 }
@@ -120,24 +125,15 @@ def role_of(name):
     return roles[0]
 
 
-def adamw_factors(rule):
-    return rule.lr, rule.weight_decay, rule.eps
-
-
-def sgd_factors(rule):  # SGD moves a weight by lr * gradient, and gradients fall as AdamW's eps does
-    return rule.lr / rule.eps, rule.weight_decay * rule.eps, None
-
-
 OPTIMIZERS = {  # the factors on lr, weight decay and eps (None: has no eps) that each takes from a rule
-    'adamw': adamw_factors,
+    'adamw': lambda rule: (rule.lr, rule.weight_decay, rule.eps),
     'lion':  lambda rule: (rule.lr, rule.weight_decay, None),  # moves a weight by its lr, as AdamW does
-    'muon':  lambda rule: rule.muon or adamw_factors(rule),  # AdamW steps what is not a hidden matrix
-    'sgd':   sgd_factors,
+    'muon':  lambda rule: rule.muon or (rule.lr, rule.weight_decay, rule.eps),  # AdamW steps what is no hidden matrix
+    'sgd':   lambda rule: (rule.lr / rule.eps, rule.weight_decay * rule.eps, None),  # by lr * gradient, falling as eps
 }
 
 # -----------------------------------------------------------------------------
 # The config
-
 CHOICES = dict(parameterization=PARAMETERIZATIONS, norm=NORMS, activation=ACTIVATIONS, attn_scale=ATTN_SCALES,
                pos=('learned', 'rope', 'alibi', 'none'), unembed_form=('multiplier', 'weights'))
 
@@ -176,17 +172,18 @@ class GPTConfig:
     base_n_layer: int = 2
     base_n_embd: int = 256
     base_head_dim: int = 64
+    base_n_kv_head: int = 0            # 0: n_kv_head, for a number that stays while n_embd grows
 
     def __post_init__(self):
         for key in ('block_size', 'n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim'):
             value = getattr(self, key)
-            require(self, key, type(value) is int and value >= 1, 'use an integer of at least 1')
-        require_values(self, choices=CHOICES, below_one=['dropout'],
-                       at_least=dict(vocab_size=0, init_std=0, input_mult=0, attn_mult=0, output_mult=0))
+            require(self, key, type(value) is int and 1 <= value < 2**63, 'use an integer of at least 1, below 2**63')
+        require_values(self, choices=CHOICES, below_one=['dropout'], at_least=dict(
+            vocab_size=0, n_kv_head=0, base_n_kv_head=0, init_std=0, input_mult=0, attn_mult=0, output_mult=0))
         require(self, 'n_embd', self.n_embd % self.head_dim == 0, f'use a multiple of head_dim={self.head_dim}')
-        heads = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-        require(self, 'n_kv_head', self.n_kv_head in (0, *heads),
-                f"use one of {', '.join(map(str, heads))}, which divide n_head={self.n_head}, or 0 for n_head")
+        require(self, 'n_kv_head', self.n_head % (self.n_kv_head or 1) == 0, f'use a divisor of n_head={self.n_head}')
+        require(self, 'base_n_kv_head', self.n_kv_head or not self.base_n_kv_head, 'set n_kv_head, too')
+        require(self, 'qk_norm', not (self.qk_norm and self.zero_init_query), 'it blows up the step from zero queries')
         require(self, 'head_dim', self.pos != 'rope' or self.head_dim % 2 == 0, "pos='rope' needs an even one")
         for key, value in (('zero_init_unembed', True), ('unembed_form', 'weights')):
             require(self, key, not self.tie_weights or getattr(self, key) != value,
@@ -213,12 +210,14 @@ class GPTConfig:
     def rules(self):
         """{role: Rule} at this shape."""
         scales_with = PARAMETERIZATIONS[self.parameterization]
+        kv_ratio = (self.n_kv_head or 1) / (self.base_n_kv_head or self.n_kv_head or 1)
         rules = scaling_rules(
             m_N=(self.n_embd / self.base_n_embd) ** scales_with.width,
             m_L=(self.n_layer / self.base_n_layer) ** scales_with.depth,
             m_D=(self.head_dim / self.base_head_dim) ** scales_with.width,
             rho=self.density ** scales_with.density,
             alpha=self.alpha or scales_with.alpha, unembed_form=self.unembed_form,
+            m_K=(self.head_dim / self.base_head_dim * kv_ratio) ** scales_with.width,
             proj_std=(2 * self.n_layer) ** (-0.5 * scales_with.gpt2_init))
         if self.zero_init_unembed:
             rules['unembedding'] = rules['unembedding']._replace(init_std=0.0)
@@ -240,7 +239,9 @@ class CausalSelfAttention(nn.Module):
         n_kv_head = config.n_kv_head or config.n_head
         self.heads = config.n_head, n_kv_head, n_kv_head  # of queries, keys and values
         self.head_dim, self.dropout, self.pos = config.head_dim, config.dropout, config.pos
-        self.c_attn = hidden_linear(config.n_embd, [heads * config.head_dim for heads in self.heads], config)
+        rows = [heads * config.head_dim for heads in self.heads]
+        self.c_attn = hidden_linear(config.n_embd, rows[:1] if config.n_kv_head else rows, config)
+        self.c_kv = hidden_linear(config.n_embd, rows[1:], config) if config.n_kv_head else None
         self.q_norm, self.k_norm = (  # without biases, as is common
             NORMS[config.norm](config.head_dim, config.norm_gain, bias=False) if config.qk_norm else None
             for _ in range(2))
@@ -252,7 +253,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads of q, k and v, T, D)
+        qkv = torch.cat((self.c_attn(x), self.c_kv(x)), dim=-1) if self.c_kv else self.c_attn(x)
+        qkv = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads of q, k and v, T, D)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
         if self.q_norm:  # autocast may have made q and k bf16; normalize them in float32 like the residual stream
             float32 = torch.promote_types(q.dtype, torch.float32)  # or float64
@@ -292,17 +294,13 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.branch_mult * self.attn(self.ln_1(x))
-        x = x + self.branch_mult * self.mlp(self.ln_2(x))
-        return x
+        return x + self.branch_mult * self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-
     def __init__(self, config, generator=None):
-        """A model with fresh weights, drawn by a CPU `generator` or the global one.
-
-        Under `torch.device('meta')` nothing is drawn: fill such a model with to_empty() and init_weights().
-        """
+        """A model with fresh weights, drawn by a CPU `generator` or the global one. Under torch.device('meta') nothing
+        is drawn: fill such a model with to_empty() and init_weights()."""
         super().__init__()
         require(config, 'vocab_size', config.vocab_size, "a model needs its number of ids, a dataset's or your own")
         self.config = config
@@ -387,11 +385,11 @@ class GPT(nn.Module):
         return torch.cat([idx, *sampling.stream(self, idx, max_new_tokens, temperature, top_k, generator)], dim=1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, eps, device_type, optimizer='adamw',
-                             muon_mult=1.0):
+                             muon_mult=1.0, clip_norm='plain'):
         """The optimizer, with one parameter group per role. The arguments are base values.
 
-        A group holds its `role`, `lr`, `weight_decay`, `eps`, and `lr_scale` = lr / learning_rate. A schedule sets
-        lr = learning_rate * lr_scale * fraction; without lr_scale it would undo the rules.
+        A group holds its `role`, `lr`, `weight_decay`, `eps`, `grad_scale` for clip_gradients, and `lr_scale` =
+        lr / learning_rate. A schedule sets lr = learning_rate * lr_scale * fraction, or it would undo the rules.
         """
         if optimizer == 'muon' and self.config.density < 1:
             raise UserError(f"optimizer='muon' has no rule for density={self.config.density}: its steps would fill "
@@ -405,9 +403,13 @@ class GPT(nn.Module):
             by_muon = optimizer == 'muon' and rules[role].muon
             if by_muon:  # lr * weight_decay stays the same
                 lr, decay = lr * muon_mult, decay / muon_mult
+            grad_scale = rules[role].lr if role == 'unembedding' else 1.0  # the multiplier's gradient in both forms
+            if clip_norm == 'scaled':  # SGD's lr x norm^2 is a role's share in the fall of the loss, at every size
+                grad_scale = OPTIMIZERS['sgd'](rules[role])[0] ** 0.5
             group = groups.setdefault(role, dict(
                 params=[], role=role, lr_scale=lr, lr=learning_rate * lr, weight_decay=weight_decay * decay,
-                **(dict(eps=eps * eps_factor) if eps_factor else {}), **(dict(rows=[]) if by_muon else {})))
+                **(dict(eps=eps * eps_factor) if eps_factor else {}), **(dict(rows=[]) if by_muon else {}),
+                grad_scale=grad_scale))
             group['params'].append(p)
             if by_muon:
                 group['rows'].append(self.get_submodule(name.removesuffix('.weight')).rows)

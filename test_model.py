@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from configurator import configure
-from model import GPT, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
+from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
 from nanop import run_log
 from nanop.huggingface import load_gpt2
-from nanop.layers import LOGITS, SparseLinear, causal_attention, cross_entropy, flex_alibi, gelu
+from nanop.layers import LOGITS, SparseLinear, alibi_slopes, causal_attention, cross_entropy, flex_alibi, gelu
 from nanop.machine import flops_per_token
 from train import TrainConfig
 
@@ -93,12 +93,13 @@ def test_golden_multipliers(at, name, hidden, vector_lr, eps, forward):
         embedding=(1, 1, 1, outside, 1), block_norm=(0, vector_lr, 0, inside, 1),
         qk_norm=(0, vector_lr, 0, forward[0], 1),  # its eps does not depend on width: arXiv:2512.22382
         hidden_weight=(std, lr, weight_decay, inside, 1), residual_proj=(projections, lr, weight_decay, inside, 1),
+        kv_weight=(std, lr, weight_decay, forward[0], 1), kv_bias=(0, vector_lr, 0, forward[0], 1),  # of fixed d_kv
         hidden_bias=(0, vector_lr, 0, inside, 1), final_norm=(0, 1, 0, outside, 1),
         unembedding=(1, 1, 1, outside, forward[1]))
     assert set(expected) == set(ROLES)
     for role in ROLES:
         assert rules[role][:5] == pytest.approx(expected[role], rel=1e-12), role
-        muon = (vector_lr, 1, forward[0]) if role in ('hidden_weight', 'residual_proj') else None
+        muon = (vector_lr, 1, forward[0]) if role in ('hidden_weight', 'residual_proj', 'kv_weight') else None
         assert rules[role].muon == (muon and pytest.approx(muon, rel=1e-12)), role
     assert rules['residual_branch'].forward == pytest.approx(forward[0], rel=1e-12)
 
@@ -111,6 +112,27 @@ def test_golden_multipliers_elsewhere():
     rules = replace(TINY, n_embd=16, n_layer=1, parameterization='completep').rules  # smaller than the base
     assert rules['hidden_weight'][:4] == pytest.approx((2 ** 0.5, 2, 0.5, 4), rel=1e-12)
     assert rules['residual_branch'].forward == 2
+
+
+# Typed by hand for base 2 layers of 2 heads x 16: eps of shared keys and values is 1 / (their width x depth), as in
+# Table 1 of arXiv:2512.05620, and eps of QK norms 1 / (head_dim x depth); the other factors are those of hidden weights
+@pytest.mark.parametrize('changes, kv, kv_sgd, qk_norm_eps', [
+    (dict(n_kv_head=1), (0.5, 0.25, 4, 0.125), (2, 0.5), 0.125),                       # one head at every width
+    (dict(n_kv_head=4, base_n_kv_head=1), (0.5, 0.25, 4, 0.03125), (8, 0.125), 0.125),  # two query heads a group
+    (dict(n_kv_head=8, base_n_kv_head=2), (0.5, 0.25, 4, 0.03125), (8, 0.125), 0.125),  # one, as without n_kv_head
+    (dict(n_kv_head=2, base_n_kv_head=1), (0.5, 0.25, 4, 0.0625), (4, 0.25), 0.125),
+    (dict(n_kv_head=1, head_dim=64), (0.5, 0.25, 4, 0.03125), (8, 0.125), 0.03125),
+    (dict(n_kv_head=1, parameterization='mup'), (0.5, 0.25, 4, 1), (0.25, 4), 1),
+    (dict(n_kv_head=1, density=0.25, parameterization='supar'), (1, 1, 1, 1), (1, 1), 1),
+    (dict(n_kv_head=4, base_n_kv_head=1, head_dim=32, parameterization='sp'), (1, 1, 1, 1), (1, 1), 1)])
+def test_golden_multipliers_of_shared_keys_and_values_and_of_qk_norms(changes, kv, kv_sgd, qk_norm_eps):
+    rules = replace(TINY, **dict(n_embd=128, n_layer=16) | changes).rules  # 8 heads of 16
+    std, lr, decay, eps = kv
+    assert rules['kv_weight'][:5] == pytest.approx((std, lr, decay, eps, 1), rel=1e-12)
+    assert rules['kv_bias'][:5] == pytest.approx((0, 1, 0, eps, 1), rel=1e-12)
+    assert rules['kv_weight'].muon == rules['hidden_weight'].muon
+    assert OPTIMIZERS['sgd'](rules['kv_weight'])[:2] == pytest.approx(kv_sgd, rel=1e-12)
+    assert rules['qk_norm'].eps == pytest.approx(qk_norm_eps, rel=1e-12)
 
 
 @pytest.mark.parametrize('alpha', [0.5, 0.6, 0.75, 1.0])
@@ -143,7 +165,7 @@ def test_attention_scale_is_relative_to_the_base():
 
 @pytest.mark.parametrize('tie_weights', [False, True])
 def test_every_parameter_has_one_role_and_every_role_parameters(tie_weights):
-    model = make(tie_weights=tie_weights, qk_norm=True)
+    model = make(tie_weights=tie_weights, qk_norm=True, n_kv_head=1)
     roles = {role_of(name) for name, _ in model.weights()}
     assert roles == set(ROLES) - ({'unembedding'} if tie_weights else set())
     groups = make_optimizer(model).param_groups
@@ -243,7 +265,8 @@ def test_describe_shows_what_the_optimizer_has():
     lines = run_log.describe(model, make_optimizer(model)).splitlines()
     row = next(line for line in lines if line.startswith('hidden_weight')).split()
     assert row == ['hidden_weight', f'{8 * 7 * 128 * 128:,}', '0.01', '0.0025', '0.4', '0.001', '6.25e-10', '1']
-    assert [line.split()[0] for line in lines[1:]] == [role for role in model.config.rules if role != 'qk_norm']
+    assert [line.split()[0] for line in lines[1:]] == [
+        role for role in model.config.rules if role not in ('qk_norm', 'kv_weight', 'kv_bias')]
     bare = make(qk_norm=True, norm_gain=False, bias=False, tie_weights=True)
     shown = [line.split()[0] for line in run_log.describe(bare, make_optimizer(bare)).splitlines()[1:]]
     assert shown == ['embedding', 'hidden_weight', 'residual_proj', 'unembedding', 'residual_branch',
@@ -277,11 +300,51 @@ def slope(sizes, values):
     return ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
 
 
+def attention_gradients(n_embd, seed, steps, **shape):
+    """RMS of the gradients of queries, shared keys and shared values after AdamW steps on one batch."""
+    model = make(vocab_size=256, block_size=64, init_std=0.1, seed=seed, n_embd=n_embd, base_n_embd=64, **shape)
+    optimizer, data = make_optimizer(model, weight_decay=0.0, learning_rate=2**-6, eps=1e-12), batch(model.config, B=8)
+    for step in range(steps + 1):
+        optimizer.zero_grad()
+        model(*data)[1].backward()
+        if step < steps:
+            optimizer.step()
+    grads = {}
+    for name, p in model.named_parameters():
+        if name.endswith(('c_attn.weight', 'c_kv.weight')):
+            for part, grad in zip('q' if 'c_attn' in name else 'kv', p.grad.split(model.get_submodule(name[:-7]).rows)):
+                grads.setdefault(part, []).append(grad.square().mean())
+    return {part: torch.stack(values).mean().sqrt().item() for part, values in grads.items()}
+
+
+def test_shared_keys_and_values_get_the_eps_of_heads_that_agree():
+    """While two key heads serve more and more query heads, gradients of keys and values rise against the queries': as
+    width^1/2 at init, where heads add up at random, and those of values as width once they agree. eps follows that."""
+    sizes = [64, 128, 256]
+
+    def rise(part, steps):
+        runs = [[attention_gradients(n, seed, steps, n_kv_head=2) for seed in range(3)] for n in sizes]
+        return slope(sizes, [sum(run[part] for run in each) / sum(run['q'] for run in each) for each in runs])
+    rules = [replace(TINY, n_embd=n, base_n_embd=64, n_kv_head=2).rules for n in sizes]
+    eps = slope(sizes, [each['kv_weight'].eps / each['hidden_weight'].eps for each in rules])
+    assert rise('v', 0) == pytest.approx(0.5, abs=0.2) and rise('k', 0) == pytest.approx(0.5, abs=0.2)
+    assert rise('v', 1) == pytest.approx(eps, abs=0.25) and 0.4 < rise('k', 1) < eps + 0.25
+
+
+def test_gradient_of_qk_norms_falls_as_eps_does_with_head_dim():
+    sizes = [16, 32, 64]
+    runs = [gradient_rms(n_embd=128, head_dim=size)['qk_norm'] for size in sizes]
+    eps = [replace(TINY, n_embd=128, head_dim=size, qk_norm=True).rules['qk_norm'].eps for size in sizes]
+    assert slope(sizes, runs) == pytest.approx(slope(sizes, eps), abs=0.15)
+    blind = [gradient_rms(n_embd=128, head_dim=size, parameterization='sp')['qk_norm'] for size in sizes]
+    assert slope(sizes, blind) > -0.7  # the control: logits that fall as head_dim^-1/2
+
+
 def test_gradient_falls_as_eps_does_with_width():
     sizes = [64, 128, 256, 512]
     runs = [gradient_rms(n_embd=n, n_layer=2, base_n_embd=64, base_head_dim=16, parameterization='completep')
             for n in sizes]
-    for role in ROLES:
+    for role in set(ROLES) - {'kv_weight', 'kv_bias'}:  # of which is the test above
         # The heads that share a QK norm have uncorrelated gradients here, which gives -0.5. Its rule, 0, is for heads
         # whose gradients agree.
         expected = -0.5 if role == 'qk_norm' else -1
@@ -293,7 +356,7 @@ def test_gradient_falls_as_eps_does_with_width():
 @pytest.mark.parametrize('name, inside, tolerance', [('completep', -1, 0.25), ('depth_mup', -0.5, 0.15)])
 def test_gradient_falls_as_eps_does_with_depth(name, inside, tolerance):
     sizes = [2, 4, 8, 16]
-    runs = [gradient_rms(n_embd=64, n_layer=n, parameterization=name) for n in sizes]
+    runs = [gradient_rms(n_embd=64, n_layer=n, n_kv_head=2, parameterization=name) for n in sizes]
     for role in ROLES:
         expected, within = (0, 0.15) if role in ('embedding', 'final_norm', 'unembedding') else (inside, tolerance)
         assert slope(sizes, [run[role] for run in runs]) == pytest.approx(expected, abs=within), role
@@ -355,8 +418,9 @@ def reference_logits(model, idx):
     kv_heads = c.n_kv_head or c.n_head
     for layer in range(c.n_layer):
         h = f'transformer.h.{layer}'
-        q, k, v = linear(norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn').split(
-            [c.n_embd, kv_heads * c.head_dim, kv_heads * c.head_dim], dim=-1)
+        y = norm(x, f'{h}.ln_1')
+        q, k, v = torch.cat([linear(y, f'{h}.attn.{name}') for name in ('c_attn', 'c_kv')[:1 + bool(c.n_kv_head)]],
+                            dim=-1).split([c.n_embd, kv_heads * c.head_dim, kv_heads * c.head_dim], dim=-1)
         heads = []
         for head in range(c.n_head):
             shared = head // (c.n_head // kv_heads)
@@ -366,7 +430,8 @@ def reference_logits(model, idx):
                 q_h, k_h = norm(q_h, f'{h}.attn.q_norm'), norm(k_h, f'{h}.attn.k_norm')
             scores = turned(q_h) @ turned(k_h).mT * c.attn_mult * scale
             if c.pos == 'alibi':
-                scores = scores - 2 ** (-8 * (head + 1) / c.n_head) * torch.tensor(
+                slope = {4: [1 / 2, 2 ** (-10 / 3), 2 ** (-17 / 3), 1 / 256]}[c.n_head][head]  # of 1/2 .. 1/256
+                scores = scores - slope * torch.tensor(
                     [[float(i - j) for j in range(T)] for i in range(T)])
             scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             heads.append(scores.softmax(-1) @ v_h)
@@ -443,15 +508,16 @@ def test_the_two_forms_of_the_unembedding_train_alike():
 
 
 def test_zero_init():
-    model, plain = make(zero_init_query=True, zero_init_unembed=True, n_kv_head=1), make(n_kv_head=1)
-    for name, p in plain.weights():
-        ours = model.get_parameter(name)
-        if name.endswith('attn.c_attn.weight'):
-            assert not ours[:32].any() and torch.equal(ours[32:], p[32:]) and p[:32].any()
-        else:
-            assert torch.equal(ours, p if name != 'lm_head.weight' else torch.zeros_like(p))
-    train_steps(model, make_optimizer(model), 3)
-    assert model.transformer.h[0].attn.c_attn.weight[:32].any() and model.lm_head.weight.any()
+    for variant in (dict(), dict(n_kv_head=1)):
+        model, plain = make(zero_init_query=True, zero_init_unembed=True, **variant), make(**variant)
+        for name, p in plain.weights():
+            ours = model.get_parameter(name)
+            if name.endswith('attn.c_attn.weight'):
+                assert not ours[:32].any() and torch.equal(ours[32:], p[32:]) and p[:32].any()
+            else:
+                assert torch.equal(ours, p if name != 'lm_head.weight' else torch.zeros_like(p))
+        train_steps(model, make_optimizer(model), 3)
+        assert model.transformer.h[0].attn.c_attn.weight[:32].any() and model.lm_head.weight.any()
 
 
 def test_zero_queries_go_with_any_multiplier_of_their_logits():
@@ -539,6 +605,13 @@ def test_alibi_by_flex_attention_is_alibi_by_a_mask(kv_heads, monkeypatch):
     torch.testing.assert_close(compiled(q, k, v, 0.3), expected)
     assert len(graphs) == 1
     assert not torch.allclose(causal_attention(q, k, v, 0.3), expected, atol=1e-2)  # without ALiBi the result differs
+
+
+@pytest.mark.parametrize('n_head, exponents', [
+    (1, [1]), (2, [1, 8]), (3, [1, 4.5, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8]),  # fewer than 8 heads keep the range of 8
+    (16, [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8])])  # the paper's
+def test_alibi_slopes(n_head, exponents):
+    assert torch.equal(alibi_slopes(n_head, 'cpu'), torch.tensor([2.0 ** -e for e in exponents]))
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -742,8 +815,12 @@ def test_a_meta_model_can_be_filled_later(tie_weights):
     (dict(pos='nope'), "pos='nope' is not allowed: use one of learned, rope, alibi, none"),
     (dict(attn_scale='1/n'), "attn_scale='1/n' is not allowed: use one of base, 1/sqrt_d, 1/d, 1/N"),
     (dict(unembed_form='init'), "unembed_form='init' is not allowed: use one of multiplier, weights"),
-    (dict(n_embd=96, n_kv_head=4), 'n_kv_head=4 is not allowed: use one of 1, 2, 3, 6, which divide n_head=6, or 0'),
+    (dict(n_embd=96, n_kv_head=4), 'n_kv_head=4 is not allowed: use a divisor of n_head=6'),
+    (dict(n_embd=16 * (2**59 - 1), n_kv_head=6), 'n_kv_head=6 is not allowed'),  # at once, whatever the width
     (dict(n_kv_head=-1), 'n_kv_head=-1 is not allowed'),
+    (dict(n_layer=2**63), 'is not allowed: use an integer of at least 1, below 2**63'),
+    (dict(base_n_kv_head=1), 'base_n_kv_head=1 is not allowed: set n_kv_head, too'),
+    (dict(zero_init_query=True, qk_norm=True), 'qk_norm=True is not allowed: it blows up'),
     (dict(pos='rope', head_dim=1), "head_dim=1 is not allowed: pos='rope' needs an even one"),
     (dict(tie_weights=True, zero_init_unembed=True), 'zero_init_unembed=True is not allowed: with tie_weights=True'),
     (dict(tie_weights=True, unembed_form='weights'), "unembed_form='weights' is not allowed: with tie_weights=True"),

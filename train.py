@@ -15,24 +15,26 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure
+from configurator import configure, merge
 from model import GPT, OPTIMIZERS, GPTConfig, length_rules
 from nanop import checkpoint, parallel
 from nanop.dataset import open_dataset
 from nanop.errors import UserError, exit_on_user_error, require, require_values
 from nanop.huggingface import GPT2_NAMES, load_gpt2
 from nanop.machine import set_up
-from nanop.parallel import say, sum_over_ranks
-from nanop.run_folder import RunFolder
-from nanop.run_log import StopSignals, Throughput, startup_text
+from nanop.optimizers import clip_gradients
+from nanop.parallel import say, split_batch, sum_over_ranks
+from nanop.run_folder import Progress, RunFolder, require_fit
+from nanop.run_log import Throughput, startup_text
 from nanop.sampling import print_sample
+from nanop.terminal import StopSignals
 
 TRAIN_CHOICES = dict(
-    init_from=('scratch', 'resume', 'auto', *GPT2_NAMES), parallel=parallel.KINDS, optimizer=OPTIMIZERS,
-    schedule=('linear', 'cosine', 'constant'), weight_decay_mode=('coupled', 'independent'))
+    init_from=('scratch', 'resume', 'auto', *GPT2_NAMES), optimizer=OPTIMIZERS, clip_norm=('plain', 'scaled'),
+    parallel=parallel.KINDS, schedule=('linear', 'cosine', 'constant'), weight_decay_mode=('coupled', 'independent'))
+
 
 
 @dataclass
@@ -42,6 +44,7 @@ class TrainConfig(GPTConfig):
     overwrite: bool = False                # True: start anew although out_dir holds checkpoints
     init_from: str = 'scratch'             # scratch, resume (go on in out_dir), auto (resume if there is a checkpoint,
     #                                        else scratch), or GPT-2: gpt2, gpt2-medium, ..
+    new_data: bool = False                 # True: resume although the dataset is not the one trained on so far
     seed: int = 1337                       # weights, data order and dropout
     # data
     dataset: str = 'stdlib'                # a folder of data/, or any folder by its whole path
@@ -50,7 +53,7 @@ class TrainConfig(GPTConfig):
     # duration
     max_iters: int = 1000                  # optimizer steps, unless one of the next two is set
     train_tokens: int = 0                  # duration in tokens
-    tokens_per_param: float = 0.0          # duration in tokens per parameter
+    tokens_per_param: float = 0.0          # duration in tokens per parameter, masked ones too (arXiv:2405.15743)
     # base hyperparameters of the optimizer
     learning_rate: float = 4e-3            # peak
     weight_decay: float = 0.0              # PyTorch's: a step shrinks weights by lr * weight_decay
@@ -63,10 +66,13 @@ class TrainConfig(GPTConfig):
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0                 # largest norm of the whole gradient; 0: no clipping
-    skip_grad_norm: float = 0.0            # skip a step whose gradient norm is larger; 0: skip none
+    clip_norm: str = 'plain'               # that norm: plain, scaled (the same at every size, by the rules)
+    skip_grad_norm: float = 0.0            # after the warm-up, skip a step whose gradient norm is more than this many
+    #                                        times the median of the last steps; 0: skip none
     # batch and duration of the tuning run: length_rules rescale learning_rate, weight_decay, eps and betas; 0: do not
     base_batch_tokens: int = 0
     base_train_tokens: int = 0
+    rescale: str = 'lr,weight_decay,eps,beta1,beta2'  # what they rescale, of these five
     # schedule: a factor on every learning rate
     warmup_frac: float = 0.1               # fraction of the steps, linear from zero
     schedule: str = 'linear'               # after the warm-up: linear, cosine, constant
@@ -90,6 +96,8 @@ class TrainConfig(GPTConfig):
     #                                        devices), hsdp (sharded within a machine, copied between machines)
     timeout_s: int = 600                   # end the run when another process is silent for longer
 
+    one_of = ('max_iters', 'train_tokens', 'tokens_per_param'), ('weight_decay', 'tau_ema')  # keys that set one thing
+
     def __post_init__(self):
         super().__post_init__()
         require_values(
@@ -102,6 +110,10 @@ class TrainConfig(GPTConfig):
                 f'weight_decay={self.weight_decay} sets the decay, too, leave one of them at 0')
         require(self, 'train_tokens', not (self.train_tokens and self.tokens_per_param),
                 f'tokens_per_param={self.tokens_per_param} sets the duration, too, leave one of them at 0')
+        require(self, 'max_iters', self.max_iters == TrainConfig.max_iters or not (self.train_tokens or
+                self.tokens_per_param), 'train_tokens or tokens_per_param sets the duration, too, leave it out')
+        require(self, 'final_lr_frac', not self.final_lr_frac or self.schedule != 'constant',
+                "schedule='constant' ends at the peak, leave it at 0 or use another schedule")
         decays = self.tau_ema or self.weight_decay and self.weight_decay_mode == 'independent'
         require(self, 'learning_rate', self.learning_rate or not decays,
                 'tau_ema and independent weight decay divide by it, use a value above 0')
@@ -114,6 +126,12 @@ class TrainConfig(GPTConfig):
         durations = self.train_tokens or self.tokens_per_param or self.base_train_tokens
         require(self, 'base_batch_tokens', durations or not self.base_batch_tokens, 'it needs a duration in tokens: '
                 'set train_tokens or tokens_per_param, or base_train_tokens to keep max_iters')
+        known, named = list(length_rules(1, 1)), self.rescale.split(',')
+        require(self, 'rescale', set(named) <= set(known) and len(set(named)) == len(named) and (
+                named == known or self.base_batch_tokens or self.base_train_tokens),
+                f"use some of {','.join(known)}, each once, beside base_batch_tokens or base_train_tokens")
+        require(self, 'clip_norm', self.grad_clip or self.skip_grad_norm or self.clip_norm == 'plain',
+                'it would do nothing, set grad_clip or leave it out')
 
 
 # -----------------------------------------------------------------------------
@@ -129,10 +147,10 @@ def lr_fraction(config, step, steps):
     return floor + (1 - floor) * decayed[config.schedule]
 
 
-def num_steps(config, num_params):
-    """Optimizer steps of a run."""
-    tokens = config.train_tokens or config.tokens_per_param * num_params
-    return max(1, round(tokens / config.batch_tokens)) if tokens else config.max_iters
+def num_steps(config, num_params, step=0, tokens=0):
+    """The optimizer step at which a run ends that has come to `step` with `tokens`."""
+    goal = config.train_tokens or config.tokens_per_param * num_params
+    return max(1, step + round((goal - tokens) / config.batch_tokens)) if goal else config.max_iters
 
 
 def rescaled(config, steps):
@@ -143,74 +161,46 @@ def rescaled(config, steps):
     c, tokens = config, steps * config.batch_tokens
     batch_ratio = c.batch_tokens / (c.base_batch_tokens or c.batch_tokens)
     duration_ratio = tokens / (c.base_train_tokens or tokens)
-    lr, decay, eps, beta_factor = length_rules(batch_ratio, duration_ratio)
+    factors = {key: factor if key in c.rescale.split(',') else 1.0
+               for key, factor in length_rules(batch_ratio, duration_ratio).items()}
     for key in sorted(('beta1', 'beta2'), key=lambda key: getattr(c, key)):  # the smaller beta reaches 0 first
         largest = 1 / (1 - getattr(c, key))
-        if beta_factor > max(1, largest * (1 - 1e-9)):  # 1 - beta would exceed 1
+        if factors[key] > max(1, largest * (1 - 1e-9)):  # 1 - beta would exceed 1
             raise UserError(f'batch_tokens is {batch_ratio:g} and the duration {duration_ratio:g} times the base: '
                             f'{key}={getattr(c, key)} has no counterpart there; keep their ratio below {largest:g}')
-    learning_rate, weight_decay = c.learning_rate * lr, c.weight_decay * decay
+    learning_rate, weight_decay = c.learning_rate * factors['lr'], c.weight_decay * factors['weight_decay']
     if weight_decay and c.weight_decay_mode == 'independent':
         weight_decay /= c.learning_rate
     if c.tau_ema:
         weight_decay = 1 / (c.tau_ema * learning_rate * steps)
     return replace(c, learning_rate=learning_rate, weight_decay=weight_decay, tau_ema=0.0, weight_decay_mode='coupled',
-                   eps=c.eps * eps, beta1=c.beta1 + (1 - c.beta1) * (1 - beta_factor),
-                   beta2=c.beta2 + (1 - c.beta2) * (1 - beta_factor))
+                   eps=c.eps * factors['eps'], beta1=c.beta1 + (1 - c.beta1) * (1 - factors['beta1']),
+                   beta2=c.beta2 + (1 - c.beta2) * (1 - factors['beta2']))
 
 
 def make_optimizer(model, rates, device_type):
     """The model's optimizer with the values of `rates`, a config from rescaled()."""
     return model.configure_optimizers(rates.weight_decay, rates.learning_rate, (rates.beta1, rates.beta2), rates.eps,
-                                      device_type, rates.optimizer, rates.muon_mult)
-
-
-def split_batch(config, world_size):
-    """(sequences per step, sequences per step and rank, micro-batches per step and rank)."""
-    c = config
-    sequences, rest = divmod(c.batch_tokens, c.block_size)
-    if rest or not sequences:
-        raise UserError(f'batch_tokens={c.batch_tokens} is not a multiple of block_size={c.block_size}: use '
-                        f'{max(1, sequences) * c.block_size} or {(sequences + 1) * c.block_size}')
-    if sequences % world_size:
-        raise UserError(f'batch_tokens={c.batch_tokens} is {sequences} sequences of {c.block_size}, which {world_size} '
-                        f'processes cannot share: use a multiple of {world_size * c.block_size}')
-    local = sequences // world_size
-    batch_size = min(c.batch_size, local)
-    if local % batch_size:
-        raise UserError(f'{local} sequences per step and process ({c.batch_tokens} tokens / {c.block_size} / '
-                        f'{world_size} processes) are not a multiple of batch_size={c.batch_size}: use one of '
-                        f'{[n for n in range(1, local + 1) if local % n == 0]}')
-    return sequences, local, local // batch_size
+                                      device_type, rates.optimizer, rates.muon_mult, rates.clip_norm)
 
 
 # -----------------------------------------------------------------------------
 # The model and one optimizer step
-def build_model(config, data, saved=None):
-    """A model with fresh weights, on the meta device if it will be sharded, or GPT-2. GPT-2, or the checkpoint whose
-    state is `saved` and whose weights come later, must fit the config and the dataset."""
-    c, tokenizer, differ = config, data.meta, []
+def build_model(config, data):
+    """A model with fresh weights for this dataset, on the meta device if it will be sharded; or GPT-2, which must fit
+    the config and the dataset."""
+    c = config
     vocab_size = c.vocab_size or data.vocab_size
     shape = GPTConfig.of(c, vocab_size=vocab_size,
                          real_vocab_size=c.real_vocab_size or min(data.real_vocab_size, vocab_size))
     if c.init_from in GPT2_NAMES:
         held, weights = load_gpt2(c.init_from, c.dropout, c.block_size)
-        model, tokenizer = GPT.from_weights(GPTConfig(**held), weights), dict(tokenizer='gpt2')
-        differ = [f'{key} is {value!r}, not {getattr(shape, key)!r}' for key, value in asdict(model.config).items()
-                  if getattr(c, key) not in (value, getattr(TrainConfig, key))]
+        model = GPT.from_weights(GPTConfig(**held), weights)
+        require_fit(c.init_from, {key: (value, getattr(shape, key)) for key, value in asdict(model.config).items()
+                                  if getattr(c, key) != getattr(TrainConfig, key)}, dict(tokenizer='gpt2'), data.meta)
     else:
         with torch.device('meta') if c.parallel != 'ddp' else nullcontext():
             model = GPT(shape, torch.Generator().manual_seed(c.seed))
-    if saved:
-        tokenizer = saved['meta']
-        held = asdict(GPTConfig(**saved['model_config']))  # keys added since it was saved get their defaults
-        differ = [f'{key} is {value!r}, not {getattr(shape, key)!r}' for key, value in held.items()
-                  if getattr(shape, key) != value and key != 'dropout']
-    differ += [f'{key} is {tokenizer.get(key)!r}, not {data.meta.get(key)!r}' for key in ('tokenizer', 'chars')
-               if tokenizer.get(key) != data.meta.get(key)]
-    if differ:
-        raise UserError(f"init_from='{c.init_from}' brings a model that this config does not describe: its "
-                        f"{'; its '.join(differ)}")
     if data.real_vocab_size > model.config.vocab_size:
         raise UserError(f"dataset '{c.dataset}' has {data.real_vocab_size} ids, the model vocab_size="
                         f"{model.config.vocab_size}: use vocab_size=0 for the dataset's own, or another dataset")
@@ -229,12 +219,12 @@ def micro_losses(replica, data, starts, batch_size, block_size, machine):
             yield loss  # update() runs its backward now, inside no_sync and outside autocast
 
 
-def update(model, optimizer, losses, grad_clip=0.0, skip_grad_norm=0.0, scaler=None):
+def update(model, optimizer, losses, grad_clip=0.0, largest_norm=math.inf, scaler=None):
     """Take one optimizer step on the sum of the micro-batch losses, each back-propagated before the next is computed.
 
     Returns (loss, gradient norm before clipping, diverged). If loss or norm is not finite the run has diverged and no
     step is taken, unless float16's scaler can still find a scale at which they are. A gradient whose norm is above
-    `skip_grad_norm` is dropped.
+    `largest_norm` is dropped.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     total = 0.0
@@ -242,15 +232,13 @@ def update(model, optimizer, losses, grad_clip=0.0, skip_grad_norm=0.0, scaler=N
         scaler.scale(loss).backward()
         total = total + loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = clip_gradients(model, optimizer, grad_clip)
     total = sum_over_ranks(total) / parallel.rank_and_world_size()[1]
     loss, grad_norm = torch.stack([total, grad_norm]).tolist()  # waits for the device
     scaler_may_recover = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
     diverged = not (scaler_may_recover or math.isfinite(loss) and math.isfinite(grad_norm))
     if not diverged:
-        if not grad_norm > (skip_grad_norm or math.inf):  # also for nan, which float16's scaler handles
+        if not grad_norm > largest_norm:  # also for nan, which float16's scaler handles
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -279,100 +267,109 @@ def evaluate(model, data, config, batch_size, machine):
 def train(config, stop=None):
     """Train as the config says. Returns a summary, which is also written to out_dir/summary.json, if it is written to.
 
-    A run that diverges returns normally, with diverged_at = the step that was not taken. A run that is stopped through
-    `stop`, a StopSignals, returns normally, too, with stopped_by = the signal; it saves its state but no summary.
+    A run that diverges returns normally, with diverged_at = the step that was not taken; so does one that is stopped
+    through `stop`, a StopSignals, with stopped_by = the signal, but it saves its state and no summary.
     """
     machine = set_up(config.device, config.dtype)
     rank, world_size = parallel.rank_and_world_size()
-    sequences, local_sequences, accumulation = split_batch(config, world_size)
-    batch_size = local_sequences // accumulation
+    sequences, local, accumulation = split_batch(config, world_size)
+    batch_size = local // accumulation
     parallel.require_shardable(config, machine)
     data = open_dataset(config.dataset)
+    data.check_readable(config.eval_tokens, config.block_size)  # before the first step, not after the last
     with RunFolder(config) as folder:
         # ---- model and optimizer
-        model = build_model(config, data, folder.saved)
+        model = build_model(config, data)
         c = replace(config, **asdict(model.config))  # with the values that are the dataset's, or GPT-2's
         parallel.prepare(model, c, machine)  # to the device; recompute, compile, shard
-        steps = num_steps(c, model.num_params())
-        rates = rescaled(c, steps)
+        at = Progress.of(folder.saved)
+        first_step, steps = at.step, num_steps(c, model.num_params(), at.step, at.tokens)
+        length = at.tokens / c.batch_tokens + steps - at.step  # in steps of this batch, if it was another before
+        rates = rescaled(c, length)
         optimizer = make_optimizer(model, rates, machine.device.type)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        first_step, best_val_loss = folder.resume(c, steps, model, optimizer, scaler)
+        folder.resume(c, steps, data, model, optimizer, scaler)
         replica = parallel.replicated(model, c, machine)
-        say(startup_text(c, rates, steps, batch_size, world_size, model, optimizer, machine))
+        say(startup_text(c, rates, steps, length, batch_size, world_size, model, optimizer, machine))
         folder.open_log(c, first_step, steps)
         throughput = Throughput(c, model, machine)
 
-        def save(step):
-            folder.save(step, model, optimizer, tokens=step * c.batch_tokens, best_val_loss=best_val_loss,
-                        scaler=scaler.state_dict(), config=asdict(c), model_config=asdict(model.config), meta=data.meta)
+        def save():
+            folder.save(model, optimizer, at, scaler=scaler.state_dict(), config=asdict(c),
+                        model_config=asdict(model.config), meta=data.meta)
 
         # at step k, the loss of batch k and the validation loss belong to the weights before that step
-        val_loss, loss, grad_norm, diverged_at, stopped_by, skipped_steps = math.inf, math.nan, math.nan, None, 0, 0
+        val_loss, loss, grad_norm, diverged_at, stopped_by = math.inf, math.nan, math.nan, None, 0
         started = time.perf_counter()
         model.train()
-        for step in range(first_step, steps + 1):
-            row = dict(step=step, tokens=step * c.batch_tokens)
+        while True:
+            row = dict(step=at.step, tokens=at.tokens)
 
             # ---- stop signals, the same on every rank
             stopped_by = parallel.largest(stop.received or 0) if stop else 0
+            if stopped_by and at.step > first_step:
+                save()
             if stopped_by:
-                if step > first_step:
-                    save(step)
                 break
 
-            # ---- validation and checkpoint
-            if step == steps or c.eval_only or c.eval_interval and step % c.eval_interval == 0:
+            # ---- checkpoint and validation
+            if at.step == steps or c.eval_only or c.eval_interval and at.step % c.eval_interval == 0:
+                new = at.step > first_step
+                saved = new and (c.always_save_checkpoint or at.best_val_loss == math.inf)
+                if saved:  # first, so that no fault of the validation can lose it
+                    save()
                 val_loss = evaluate(model, data, c, batch_size, machine)
                 if not math.isfinite(val_loss):
-                    diverged_at = step
+                    diverged_at = at.step
+                    folder.discard(at.step)
                     break
                 row.update(val_loss=val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token)
-                improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-                if step > first_step and (improved or c.always_save_checkpoint):
-                    save(step)
-            if c.eval_only:
-                say(f"validation loss {val_loss:.4f}, {row['bits_per_byte']:.4f} bits per byte")
-            if c.eval_only or step == steps:
+                improved, at.best_val_loss = val_loss < at.best_val_loss, min(val_loss, at.best_val_loss)
+                if new and improved and not saved:
+                    save()
+            if c.eval_only or at.step == steps:
                 folder.write_row(row)
                 break
 
             # ---- one optimizer step
             throughput.start_step()
-            fraction = lr_fraction(c, step, steps)
+            position = at.tokens / c.batch_tokens
+            fraction = lr_fraction(c, position, length)
             for group in optimizer.param_groups:
                 group['lr'] = rates.learning_rate * group['lr_scale'] * fraction
             # dropout's seed, like the data, is a function of (seed, step, rank): a resumed run draws the same
-            torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))
-            starts = data.train_starts(c.seed, step, sequences, c.block_size)[rank * local_sequences:][:local_sequences]
+            torch.manual_seed(int(np.random.SeedSequence((c.seed, at.step, rank)).generate_state(1)[0]))
+            starts = data.train_starts(c.seed, at.step, sequences, c.block_size)[rank * local:][:local]
             losses = micro_losses(replica, data, starts, batch_size, c.block_size, machine)
-            loss, grad_norm, diverged = update(model, optimizer, losses, c.grad_clip, c.skip_grad_norm, scaler)
+            largest = at.largest_norm(c.skip_grad_norm, warming_up=position < c.warmup_frac * length)
+            loss, grad_norm, diverged = update(model, optimizer, losses, c.grad_clip, largest, scaler)
             if diverged:
-                diverged_at = step
+                diverged_at = at.step
                 break
-            if math.isfinite(grad_norm) and grad_norm > c.skip_grad_norm > 0:
-                skipped_steps += 1
-                say(f'step {step} skipped: gradient norm {grad_norm:.4g} is above skip_grad_norm={c.skip_grad_norm:g}')
-            folder.raise_if_failed()  # the checkpoint that is written in the background
+            throughput.end_step()
 
             # ---- log
-            throughput.end_step()
-            if step % c.log_interval == 0:
+            if at.step % c.log_interval == 0:
                 row.update(loss=loss, lr=rates.learning_rate * fraction, grad_norm=grad_norm, **throughput.read())
             folder.write_row(row)  # if there is more in it than its step
+            at.count(c.batch_tokens, grad_norm, largest, save)
 
         summary = dict(
-            val_loss=val_loss, best_val_loss=best_val_loss, bits_per_byte=val_loss / math.log(2) / data.bytes_per_token,
-            last_train_loss=loss, steps=step, tokens=step * c.batch_tokens, params=model.num_params(),
+            val_loss=val_loss, best_val_loss=at.best_val_loss, bits_per_byte=val_loss / math.log(2) /
+            data.bytes_per_token, last_train_loss=loss, steps=at.step, tokens=at.tokens, params=model.num_params(),
             weight_decay=rates.weight_decay, seconds=time.perf_counter() - started, diverged_at=diverged_at,
-            stopped_by=stopped_by or None, skipped_steps=skipped_steps, device=machine.device_name,
+            stopped_by=stopped_by or None, skipped_steps=at.skipped_steps, device=machine.device_name,
             dtype=machine.dtype_name, processes=world_size, torch=torch.__version__, config=asdict(c))
-        weights = folder.finish(summary, grad_norm)
+        weights = folder.finish(summary, grad_norm, row)
         if weights and c.sample_tokens:
-            say(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
-            whole = GPT.from_weights(model.config, weights).to(machine.device).eval()
-            print_sample(whole, data.tokenizer(), '', c.sample_tokens, seed=c.seed)
+            show_sample(c, GPT.from_weights(model.config, weights).to(machine.device), data)
         return summary
+
+
+def show_sample(config, model, data):
+    c = config
+    print(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
+    print_sample(model.eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)
 
 
 def read_config(argv):
@@ -380,9 +377,11 @@ def read_config(argv):
     overrides = configure(TrainConfig, argv)
     out_dir, init_from = overrides.get('out_dir', TrainConfig.out_dir), overrides.get('init_from')
     if init_from == 'resume' or init_from == 'auto' and checkpoint.find(out_dir):
-        keys = {field.name for field in fields(TrainConfig)} - {'out_dir', 'overwrite', 'eval_only'}
-        known = checkpoint.read_state(out_dir)['config']
-        overrides = {**{key: value for key, value in known.items() if key in keys}, **overrides}
+        keys = {field.name for field in fields(TrainConfig)} - {'out_dir', 'overwrite', 'eval_only', 'new_data'}
+        known = {key: value for key, value in checkpoint.read_state(out_dir)['config'].items() if key in keys}
+        if known.get('train_tokens') or known.get('tokens_per_param'):  # earlier versions ignored it then
+            known.pop('max_iters')
+        overrides = merge(known, overrides, TrainConfig)
     return TrainConfig(**overrides)
 
 

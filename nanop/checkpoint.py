@@ -8,6 +8,7 @@ none: data order, dropout, init and masks are functions of the seeds, the step a
 """
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -29,12 +30,24 @@ from nanop.parallel import lost_contact, rank_and_world_size
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
 KEPT, STATE, CHECKSUMS = 2, 'state.json', 'checksums.json'
+FORMAT = 2  # in state.json; 1, or none: keys and values of n_kv_head in c_attn, other ALiBi slopes below 8 heads
 
 
-def find(out_dir):
-    """The checkpoints of a run, newest first, whole or damaged. out_dir='', a run that writes nothing, has none."""
-    paths = Path(out_dir).glob('ckpt_*') if out_dir else ()
-    return sorted((path for path in paths if path.suffix != '.tmp'), reverse=True)
+def path_of(out_dir, step):
+    return Path(out_dir, f'ckpt_{step:09d}')
+
+
+def step_of(path):
+    """The step in the name of a checkpoint, whole or half-written; None for any other name."""
+    match = re.fullmatch(r'ckpt_([0-9]{9}|[1-9][0-9]{9,})(\.tmp)?', path.name)
+    return int(match[1]) if match else None
+
+
+def find(out_dir, suffix=''):
+    """The checkpoints of a run, newest first, whole or damaged; with suffix='.tmp' the half-written ones. Other names
+    are the user's. out_dir='', a run that writes nothing, has none."""
+    paths = [path for path in Path(out_dir).glob('ckpt_*') if path.suffix == suffix] if out_dir else []
+    return sorted((path for path in paths if step_of(path) is not None), key=step_of, reverse=True)
 
 
 def user_error(error, problem, use):
@@ -64,7 +77,7 @@ class Writer(HuggingFaceStorageWriter):
         os.rename(folder, self.final)
         flush_folder(self.final.parent)
         # a damaged checkpoint that is newer stays: somebody may want to look at it
-        for old in [path for path in find(self.final.parent) if path.name <= self.final.name][KEPT:]:
+        for old in [path for path in find(self.final.parent) if step_of(path) <= step_of(self.final)][KEPT:]:
             try:
                 remove(old)
             except OSError as error:  # the new checkpoint is complete nevertheless
@@ -75,23 +88,29 @@ class Checkpoints:
     """The checkpoints that one run writes. All ranks call the same methods."""
 
     def __init__(self, out_dir, timeout_s):
-        self.out_dir, self.writing, self.group = Path(out_dir), None, None
+        self.out_dir, self.path, self.writing, self.group = Path(out_dir), None, None, None
         if dist.is_initialized():  # its own group, because training communicates while a checkpoint is written
             self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout_s))
 
     def clean(self, step):
         """Remove what an earlier process left half-written; before the first step, remove all checkpoints."""
-        for path in [*self.out_dir.glob('ckpt_*.tmp'), *(find(self.out_dir) if step == 0 else [])]:
+        for path in [*find(self.out_dir, '.tmp'), *(find(self.out_dir) if step == 0 else [])]:
             with explained(OSError, f"'{path}' cannot be removed"):
                 remove(path)
 
     def save(self, step, model, optimizer, state):
         """Start to write a copy of the tensors and `state`, a dict for JSON. Training can go on meanwhile."""
         self.wait()
-        self.path = self.out_dir / f'ckpt_{step:09d}'
+        self.path = path_of(self.out_dir, step)
         self.writing = dcp.async_save(tensors_of(model, optimizer), no_dist=self.group is None,
-                                      storage_writer=Writer(self.path, {'step': step, **state}),
+                                      storage_writer=Writer(self.path, {'step': step, 'format': FORMAT, **state}),
                                       process_group=self.group)
+
+    def discard(self, step):
+        """Remove the checkpoint of `step`, if it was the last to be saved."""
+        self.wait()
+        if self.path == path_of(self.out_dir, step) and rank_and_world_size()[0] == 0:
+            remove(self.path)
 
     def wait(self):
         """Wait until the checkpoint that is being written is on disk."""
@@ -116,9 +135,22 @@ def damage(path, names=None):
         if not isinstance(sums, dict) or any(file.name not in sums for file in path.glob('*.safetensors')):
             return f'it does not hold what {CHECKSUMS} lists'
         changed = [name for name in names or sums if checksum(path / name) != sums[name]]
-        return f"{', '.join(changed)} changed after it was written" if changed else None
+        if changed:
+            return f"{', '.join(changed)} changed after it was written"
+        step = json.loads((path / STATE).read_text())['step']
+        return None if step == step_of(path) else f'it is of step {step}'
     except (OSError, ValueError, KeyError) as error:
         return first_line(error)
+
+
+def require_known(path, state):
+    """Refuse a checkpoint whose tensors would mean something else now. Returns its state."""
+    c = state['model_config']
+    few_heads = c.get('pos') == 'alibi' and c['n_embd'] // c['head_dim'] < 8
+    if state.get('format', 1) < 2 and (few_heads or c.get('n_kv_head')):
+        what = 'other ALiBi slopes' if few_heads else 'the keys and values of n_kv_head stored with the queries'
+        raise UserError(f"'{path}' was written by an earlier version, with {what}: use that version, or train anew")
+    return state
 
 
 def newest(out_dir):
@@ -127,7 +159,7 @@ def newest(out_dir):
     for path in paths:
         problem = damage(path)
         if not problem:
-            return path, json.loads((path / STATE).read_text())
+            return path, require_known(path, json.loads((path / STATE).read_text()))
         print(f'warning: {path} is damaged ({problem}); trying the one before it', file=sys.stderr)
     found = f'none of the {len(paths)} checkpoints in' if paths else 'no checkpoint in'
     raise UserError(f"{found} '{out_dir}'{' can be used' if paths else ''}: give the --out_dir of a run, or train anew")
@@ -137,7 +169,7 @@ def read_state(out_dir):
     """The state of the newest checkpoint, without a check of its tensors."""
     for path in find(out_dir):
         if not damage(path, [STATE]):
-            return json.loads((path / STATE).read_text())
+            return require_known(path, json.loads((path / STATE).read_text()))
     return newest(out_dir)[1]  # raises and says what is wrong
 
 

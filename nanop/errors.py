@@ -15,6 +15,9 @@ from nanop.terminal import lasting_output
 class UserError(ValueError):
     """A mistake that the user can mend, in one line."""
 
+    def __str__(self):
+        return super().__str__().replace('\n', '\\n')  # from a name or value that the user gave
+
 
 def first_line(error):
     """The first line of an exception's text."""

@@ -78,8 +78,9 @@ def rotate(x, start):
 
 
 def alibi_slopes(n_head, device):
-    """ALiBi slopes 2^(-8 h / H) for h = 1 .. H (arXiv:2108.12409), here for any H, not only powers of two."""
-    return 2.0 ** (-8 / n_head * torch.arange(1, n_head + 1, device=device))
+    """ALiBi slopes 2^(-8 h / H) for h = 1 .. H (arXiv:2108.12409), here for any H, not only powers of two. Fewer than 8
+    heads get the range of 8, 1/2 .. 1/256: under the formula they would have no local head."""
+    return 2.0 ** -torch.linspace(8 / max(n_head, 8), 8, n_head, device=device)
 
 
 def alibi_mask(n_head, T, keys, device):

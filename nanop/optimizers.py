@@ -1,7 +1,10 @@
 """Optimizers by name. How each of them follows the shape of a model is in model.py, OPTIMIZERS."""
 import math
+from collections import defaultdict
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanop.errors import import_optional
 
@@ -46,6 +49,22 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [group for group in groups if 'rows' not in group]
         super().step()
         self.param_groups = groups
+
+
+@torch.no_grad()
+def clip_gradients(model, optimizer, max_norm):
+    """Scale the model's gradients so that their norm is at most `max_norm`, 0 for any. Returns their norm before.
+
+    Within the norm, the gradients of a group are multiplied by its `grad_scale`, 1 without one.
+    """
+    scales = {p: group.get('grad_scale', 1.0) for group in optimizer.param_groups for p in group['params']}
+    grads = defaultdict(list)
+    for p in model.parameters():
+        if p.grad is not None:
+            grads[scales.get(p, 1.0)].append(p.grad)
+    norm = torch.stack([scale * get_total_norm(each) for scale, each in grads.items()]).norm()
+    clip_grads_with_norm_(model.parameters(), max_norm or math.inf, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def optimizer_by_name(name, groups, learning_rate, betas, eps, device_type):

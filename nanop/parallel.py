@@ -142,6 +142,25 @@ def sum_over_ranks(value):
     return value
 
 
+def split_batch(config, world_size):
+    """(sequences per step, sequences per step and rank, micro-batches per step and rank)."""
+    c = config
+    sequences, rest = divmod(c.batch_tokens, c.block_size)
+    if rest or not sequences:
+        raise UserError(f'batch_tokens={c.batch_tokens} is not a multiple of block_size={c.block_size}: use '
+                        f'{max(1, sequences) * c.block_size} or {(sequences + 1) * c.block_size}')
+    if sequences % world_size:
+        raise UserError(f'batch_tokens={c.batch_tokens} is {sequences} sequences of {c.block_size}, which {world_size} '
+                        f'processes cannot share: use a multiple of {world_size * c.block_size}')
+    local = sequences // world_size
+    batch_size = min(c.batch_size, local)
+    if local % batch_size:
+        raise UserError(f'{local} sequences per step and process ({c.batch_tokens} tokens / {c.block_size} / '
+                        f'{world_size} processes) are not a multiple of batch_size={c.batch_size}: use one of '
+                        f'{[n for n in range(1, local + 1) if local % n == 0]}')
+    return sequences, local, local // batch_size
+
+
 # -----------------------------------------------------------------------------
 # Preparing a model
 def recompute(model):

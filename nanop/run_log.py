@@ -1,10 +1,10 @@
-"""What a run reports, on the terminal, in files and to Weights & Biases; and the signals that stop it."""
+"""What a run reports, on the terminal, in files and to Weights & Biases."""
 import csv
 import io
+import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanop import plots
-from nanop.errors import UserError, explained
+from nanop.errors import UserError, explained, first_line
 from nanop.files import read_csv, write_atomically, write_rows
 from nanop.machine import flops_per_token, peak_flops
 from nanop.parallel import rank_and_world_size
@@ -48,12 +48,13 @@ def describe(model, optimizer):
     return '\n'.join(lines)
 
 
-def startup_text(config, rates, steps, batch_size, world_size, model, optimizer, machine):
-    """What a run says before its first step: parameters, steps, batch, derived values and the table of rules."""
+def startup_text(config, rates, steps, length, batch_size, world_size, model, optimizer, machine):
+    """What a run says before its first step: parameters, steps, batch, derived values and the table of rules. `length`
+    is the duration in steps of this batch."""
     c, sequences = config, config.batch_tokens // config.block_size
     lines = [f'{model.num_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens = {sequences} sequences '
              f'of {c.block_size} = {world_size} process(es) x {sequences // world_size // batch_size} micro-batch(es) '
-             f'x {batch_size}; {steps * c.batch_tokens:,} tokens on {machine.device}, {machine.dtype_name}'
+             f'x {batch_size}; {round(length * c.batch_tokens):,} tokens on {machine.device}, {machine.dtype_name}'
              f"{f', {c.parallel}' if world_size > 1 else ''}"]
     if (rates.beta1, rates.learning_rate) != (c.beta1, c.learning_rate):
         lines.append(f'batch and duration differ from the base: learning_rate {rates.learning_rate:.4g}, weight_decay '
@@ -93,14 +94,30 @@ def read_metrics(out_dir):
 
 
 class Metrics:
-    """The log of a run from `first_step` to `steps`. Earlier rows of metrics.csv stay; later ones are removed."""
+    """The log of a run to step `steps`. Before begin() it leaves what an earlier run has written as it is."""
 
-    def __init__(self, out_dir, first_step, steps, config):
+    def __init__(self, out_dir, first_step, steps):
         self.steps, self.out_dir = steps, Path(out_dir)
+        self.file = self.wandb = None  # metrics.csv; a run of Weights & Biases
+        self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
+                        disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
+
+    def begin(self, first_step, config):
+        """Keep the rows of metrics.csv before `first_step`, and remove what else an earlier end has left."""
         path = self.out_dir / 'metrics.csv'
-        kept = [row for row in read_metrics(out_dir) if int(row['step']) < first_step]
         with self.writing():
-            for name in ('summary.json', 'loss.png', 'model.safetensors'):  # of an earlier end
+            try:
+                rows = read_metrics(self.out_dir) if first_step else []
+                kept = [row for row in rows if int(row['step']) < first_step]
+                if first_step and path.exists() and not rows:
+                    raise ValueError('no rows')
+            except (ValueError, KeyError, csv.Error) as error:  # edited by hand, or by a spreadsheet
+                asides = (path.with_name(f'metrics-old-{number}.csv') for number in itertools.count(1))
+                aside = next(each for each in asides if not each.exists())
+                kept = os.replace(path, aside) or []
+                print(f'warning: {path} cannot be read ({type(error).__name__}: {error}); it is {aside} now, and a new '
+                      'one begins', file=sys.stderr)
+            for name in ('summary.json', 'loss.png', 'model.safetensors'):
                 (self.out_dir / name).unlink(missing_ok=True)
             (self.out_dir / 'config.json').write_text(json.dumps(config, indent=1))
             text = io.StringIO(newline='')
@@ -108,9 +125,14 @@ class Metrics:
             write_atomically(path, text.getvalue().encode())
             self.file = open(path, 'a', newline='')
         self.writer = csv.DictWriter(self.file, FIELDS, restval='', extrasaction='ignore')
-        self.wandb = None  # a run of Weights & Biases, once there is one
-        self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
-                        disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
+
+    def to_wandb(self, action, *arguments, **options):
+        """Call a function of Weights & Biases. What it raises ends only the logging there, with a warning."""
+        try:
+            return action(*arguments, **options)
+        except Exception as error:
+            self.wandb = None
+            print(f'warning: Weights & Biases failed ({first_line(error)}); going on without it', file=sys.stderr)
 
     def writing(self):
         return explained(OSError, f"out_dir='{self.out_dir}' cannot be written", 'the checkpoints in it are as they '
@@ -123,7 +145,7 @@ class Metrics:
                                   for key, value in row.items()})
             self.file.flush()
         if self.wandb:
-            self.wandb.log(row, step=row['step'])
+            self.to_wandb(self.wandb.log, row, step=row['step'])
         self.bar.update(row['step'] - self.bar.n)
         text = f"step {row['step']:>6}/{self.steps}"
         if 'val_loss' in row:
@@ -144,10 +166,11 @@ class Metrics:
 
     def close(self):
         self.bar.close()
-        with suppress(OSError):  # rows that could not be written have been reported
-            self.file.close()
+        if self.file:
+            with suppress(OSError):  # rows that could not be written have been reported
+                self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            self.to_wandb(self.wandb.finish)
             self.wandb = None
 
     def finish(self, summary, title):
@@ -180,28 +203,3 @@ def plot_losses(out_dir, title):
         if axes.lines:
             axes.legend(frameon=False)
     return path
-
-
-# Signals: Ctrl-C; that of kill, torchrun and most schedulers; the one that SLURM sends before time is up, if asked to
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
-SAME_S = 1.0  # torchrun may pass one signal on twice within this time
-
-
-class StopSignals:
-    """While entered, keeps the first stop signal in `received`, for the training loop; a second ends the process."""
-
-    def __enter__(self):
-        self.received, self.at = None, 0.0
-        self.before = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
-        return self
-
-    def handle(self, number, frame):
-        if self.received is None:
-            self.received, self.at = number, time.monotonic()
-            print(f'\n{signal.Signals(number).name}: finishing the step, then saving; again: at once', flush=True)
-        elif time.monotonic() - self.at > SAME_S:
-            os._exit(128 + number)
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

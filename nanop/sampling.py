@@ -5,7 +5,10 @@ import math
 import torch
 from torch.nn import functional as F
 
+from nanop.errors import UserError
 from nanop.tokenizer import prompt_ids
+
+COLDEST = 1e-30  # a lower temperature would overflow; its samples are the same
 
 
 class KeyValueCache:
@@ -38,6 +41,8 @@ def stream(model, ids, max_new_tokens, temperature=1.0, top_k=None, generator=No
         finally:  # the caller may use the model between two tokens
             for layer in layers:
                 layer.cache = None
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: train it with a lower learning_rate or dtype=float32")
         logits[:, c.real_vocab_size or c.vocab_size:] = -math.inf
         if top_k:
             smallest = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
@@ -45,7 +50,8 @@ def stream(model, ids, max_new_tokens, temperature=1.0, top_k=None, generator=No
         if temperature == 0:
             new = logits.argmax(dim=-1, keepdim=True)
         else:
-            new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
+            new = torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=generator)
         ids = torch.cat((ids, new), dim=1)
         yield new
 

@@ -4,25 +4,36 @@ import math
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import stress_faults
 import torch
 
+import train as train_module
 from model import GPT
-from nanop import checkpoint, dataset, run_log
+from nanop import checkpoint, dataset, run_log, terminal
 from nanop.errors import UserError
 from nanop.files import lock
-from nanop.run_log import StopSignals
-from train import train
+from nanop.terminal import StopSignals
+from nanop.tokenizer import ByteTokenizer, CharTokenizer
+from nanop.write_dataset import write_dataset
+from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def names(paths):
+    return [path.name for path in paths]
 
 
 def start(config, **options):
@@ -99,7 +110,7 @@ def test_a_second_signal_ends_at_once(monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a repeat, as when torchrun forwards the signal
         assert stop.received == signal.SIGTERM and not ended
-        monkeypatch.setattr(run_log, 'SAME_S', 0.0)
+        monkeypatch.setattr(terminal, 'SAME_S', 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGTERM and ended == [130]
     assert capsys.readouterr().out.count('SIGTERM: finishing the step') == 1
@@ -278,26 +289,62 @@ def test_a_file_that_fails_to_read(tiny):
         os_error.batch('train', [0], 16, torch.device('cpu'))
 
 
-def test_steps_with_a_large_gradient_are_skipped_when_asked(tiny, capsys):
-    """Skipping is off by default. A skipped step changes nothing, and the run continues."""
-    norms = [float(row['grad_norm']) for row in rows_with_norm(tiny)]
-    limit = sorted(norms)[-2] * 1.0001  # only the largest norm of the first run is above
-    skipping = replace(tiny, overwrite=True, skip_grad_norm=limit)
-    summary = train(skipping)
-    worst = norms.index(max(norms))
-    after = [float(row['grad_norm']) for row in run_log.read_metrics(tiny.out_dir) if row['grad_norm']]
-    assert after[:worst + 1] == norms[:worst + 1] and summary['steps'] == 8 and summary['skipped_steps'] >= 1
-    assert f'step {worst} skipped: gradient norm {max(norms):.4g} is above skip_grad_norm=' in capsys.readouterr().out
-    summary = train(replace(skipping, skip_grad_norm=1e-9))
-    assert summary['skipped_steps'] == 8
-    losses = {row['val_loss'] for row in run_log.read_metrics(tiny.out_dir) if row['val_loss']}
-    assert len(losses) == 1  # all steps were skipped, so the weights never changed
-    assert train(replace(tiny, overwrite=True))['skipped_steps'] == 0
+def large_gradients(monkeypatch, steps):
+    """Multiply the loss of these training steps, of two micro-batches each, by 100."""
+    forward, calls = GPT.forward, []
+
+    def scaled(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.append(self.training)
+        return logits, loss * 100 if self.training and (sum(calls) - 1) // 2 in steps else loss
+    monkeypatch.setattr(GPT, 'forward', scaled)
 
 
-def rows_with_norm(config):
-    train(config)
-    return [row for row in run_log.read_metrics(config.out_dir) if row['grad_norm']]
+def test_steps_with_a_large_gradient_are_skipped_when_asked(tiny, tmp_path, monkeypatch, capsys):
+    """A skipped step changes nothing, and the run goes on. The warm-up is never skipped."""
+    config = replace(tiny, max_iters=24, warmup_frac=0.5, eval_interval=1, batch_size=4)
+    with monkeypatch.context() as patch:
+        large_gradients(patch, steps=(11, 15, 16))
+        summary = train(replace(config, skip_grad_norm=5.0))
+    rows = run_log.read_metrics(tiny.out_dir)
+    val = [row['val_loss'] for row in rows]
+    same = [step for step in range(24) if val[step] == val[step + 1]]
+    assert same == [15, 16] and summary['skipped_steps'] == 2 and summary['diverged_at'] is None
+    out, norms = capsys.readouterr().out, [float(row['grad_norm']) for row in rows[:-1]]
+    assert f'step 15 skipped: its gradient norm {norms[15]:.4g} is above {5 * np.median(norms[:15]):.4g}' in out
+    large_gradients(monkeypatch, steps=(15, 16))
+    assert train(replace(config, out_dir=str(tmp_path / 'off')))['skipped_steps'] == 0
+
+
+@pytest.mark.parametrize('shape', [dict(), dict(n_embd=64), dict(n_layer=4), dict(init_std=0.2, learning_rate=1e-3)])
+def test_no_ordinary_step_is_skipped(tiny, shape):
+    """Norms depend on the shape and fall in training; the limit follows them."""
+    assert train(replace(tiny, max_iters=40, skip_grad_norm=5.0, **shape))['skipped_steps'] == 0
+
+
+def test_a_run_does_not_skip_for_ever(tiny, monkeypatch, capsys):
+    config = replace(tiny, max_iters=40, skip_grad_norm=5.0)
+    with monkeypatch.context() as patch:
+        large_gradients(patch, steps=range(15, 100))
+        with pytest.raises(UserError, match='10 steps in a row had a gradient norm above .* the state is saved: go on'):
+            train(config)
+        assert [row['step'] for row in run_log.read_metrics(tiny.out_dir)][-1] == '24'
+    summary = train(replace(config, init_from='resume'))
+    assert 'at step 25' in capsys.readouterr().out and (summary['steps'], summary['skipped_steps']) == (40, 10)
+
+
+def test_a_resumed_run_remembers_the_norms(tiny, tmp_path, monkeypatch):
+    config = replace(tiny, max_iters=24, skip_grad_norm=5.0, eval_interval=14)
+    results = []
+    for out_dir, stop in (('whole', None), ('parts', At(replace(config, out_dir=str(tmp_path / 'parts')), 13))):
+        with monkeypatch.context() as patch:
+            large_gradients(patch, steps=(16,))
+            config = replace(config, out_dir=str(tmp_path / out_dir))
+            summary = train(config, stop)
+            if stop:
+                summary = train(replace(config, init_from='resume'))
+        results.append((summary['skipped_steps'], summary['val_loss']))
+    assert results[0] == results[1] and results[0][0] == 1
 
 
 def test_a_gradient_that_is_not_finite_still_stops_the_run(tiny, monkeypatch):
@@ -305,6 +352,259 @@ def test_a_gradient_that_is_not_finite_still_stops_the_run(tiny, monkeypatch):
     monkeypatch.setattr(GPT, 'forward', lambda self, *args: (None, forward(self, *args)[1] * math.nan
                                                              if self.training else forward(self, *args)[1]))
     assert train(replace(tiny, skip_grad_norm=1.0))['diverged_at'] == 0
+
+
+# -----------------------------------------------------------------------------
+# The user's own files and other data
+
+
+@pytest.mark.parametrize('name', [
+    'ckpt_best', 'ckpt_000000008_keep', 'ckpt_99', 'ckpt_0000000100', 'ckpt_000000008.bak', 'ckpt_000000008.tmp.old',
+    'ckpt_best.tmp', 'ckpt_-00000001', 'ckpt_٠٠٠٠٠٠٠٩٩', 'ckpt_000000008 (copy)', 'ckpt_1e9'])
+def test_only_what_the_program_named_is_a_checkpoint(tiny, name):
+    train(tiny)
+    theirs = Path(tiny.out_dir, name)
+    shutil.copytree(Path(tiny.out_dir, 'ckpt_000000004'), theirs)
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000008', 'ckpt_000000004']
+    assert train(replace(tiny, init_from='resume', max_iters=24))['steps'] == 24
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000024', 'ckpt_000000020'] and theirs.exists()
+    train(replace(tiny, overwrite=True))
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000008', 'ckpt_000000004'] and theirs.exists()
+
+
+def test_a_renamed_checkpoint_is_passed_over(tiny, capsys):
+    train(tiny)
+    shutil.copytree(Path(tiny.out_dir, 'ckpt_000000004'), Path(tiny.out_dir, 'ckpt_000000099'))
+    assert checkpoint.newest(tiny.out_dir)[0].name == 'ckpt_000000008'
+    assert 'ckpt_000000099 is damaged (it is of step 4)' in capsys.readouterr().err
+
+
+def rewrite_state(path, change):
+    """Change the state of a checkpoint, as if it had been written so."""
+    state = json.loads((path / 'state.json').read_text())
+    change(state)
+    (path / 'state.json').write_text(json.dumps(state))
+    sums = {file.name: checkpoint.checksum(file) for file in path.iterdir() if file.name != 'checksums.json'}
+    (path / 'checksums.json').write_text(json.dumps(sums))
+
+
+def test_a_duration_in_tokens_of_an_earlier_version(tiny):
+    """It kept max_iters beside train_tokens, and ignored it."""
+    train(tiny)
+    rewrite_state(checkpoint.newest(tiny.out_dir)[0], lambda state: state['config'].update(train_tokens=1280))
+    config = train_module.read_config([f'--out_dir={tiny.out_dir}', '--init_from=resume'])
+    assert (config.max_iters, config.train_tokens) == (1000, 1280) and train(config)['steps'] == 10
+
+
+@pytest.mark.parametrize('keys, message', [
+    (dict(pos='alibi'), 'other ALiBi slopes'), (dict(n_kv_head=1), 'stored with the queries'),
+    (dict(pos='alibi', head_dim=4), None), (dict(pos='rope'), None)])
+def test_weights_that_would_mean_something_else_now_are_refused(tiny, keys, message):
+    train(replace(tiny, **keys))
+    path = checkpoint.newest(tiny.out_dir)[0]
+    assert checkpoint.load_weights(tiny.out_dir)[1]['format'] == checkpoint.FORMAT
+    rewrite_state(path, lambda state: state.pop('format'))
+    for read in (checkpoint.newest, checkpoint.read_state, checkpoint.load_weights):
+        if message:
+            with pytest.raises(UserError, match=f'by an earlier version, with .*{message}: use that version'):
+                read(tiny.out_dir)
+        else:
+            read(tiny.out_dir)
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    steps = [5, 999_999_999, 1_000_000_000, 20_000_000_000]
+    for step in steps:
+        checkpoint.path_of(tmp_path, step).mkdir()
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == steps[::-1]
+
+
+def test_other_data_in_the_same_folder_is_an_error_unless_asked(tiny, tmp_path, capsys):
+    text = 'one two three ' * 500
+    other = text[:-1] + '!'
+    config = replace(tiny, dataset=str(tmp_path / 'data'))
+
+    def prepare(val):
+        write_dataset(tmp_path / 'data', [('train', text, True), ('val', val, True)], ByteTokenizer(), 'words')
+    prepare(text)
+    train(config)
+    prepare(other)
+    for again in (replace(config, init_from='resume', max_iters=16), replace(config, init_from='auto', eval_only=True)):
+        with pytest.raises(UserError, match=r'was trained on other data than .*_sha256 is .*--new_data=True to go on'):
+            train(again)
+    resumed = train_module.read_config([f'--out_dir={tiny.out_dir}', '--init_from=resume', '--new_data=True',
+                                        '--max_iters=16'])
+    assert train(resumed)['steps'] == 16 and 'with max_iters 8 -> 16, other data' in capsys.readouterr().out
+    again = train_module.read_config([f'--out_dir={tiny.out_dir}', '--init_from=resume', '--max_iters=24'])
+    assert not again.new_data and train(again)['steps'] == 24  # the new data is the run's data now
+    prepare(text)
+    with pytest.raises(UserError, match='was trained on other data'):
+        train(replace(again, max_iters=32))
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'\n', b'step;tokens;loss\n1;2;3\n', b'a,b\n1,2\n', b'step,tokens,loss\n1.0,128,3\n', b'step,tokens\n,\n',
+    b'\xff\xfes\x00t\x00', b'\x00' * 64, 'step,tokens\n¼,128\n'.encode(), b'step,tokens\n"1,128\n'])
+def test_metrics_that_cannot_be_read_do_not_block_a_resume(tiny, content, capsys):
+    train(tiny)
+    path = Path(tiny.out_dir, 'metrics.csv')
+    path.write_bytes(content)
+    assert train(replace(tiny, init_from='resume', max_iters=12))['steps'] == 12
+    assert [int(row['step']) for row in run_log.read_metrics(tiny.out_dir)] == [8, 9, 10, 11, 12]
+    aside = Path(tiny.out_dir, 'metrics-old-1.csv')
+    assert aside.read_bytes() == content and f'it is {aside} now' in capsys.readouterr().err
+
+
+def test_metrics_that_a_spreadsheet_saved_are_kept(tiny):
+    train(tiny)
+    path = Path(tiny.out_dir, 'metrics.csv')
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes().replace(b'\n', b'\r\n'))
+    train(replace(tiny, init_from='resume', max_iters=12))
+    assert [int(row['step']) for row in run_log.read_metrics(tiny.out_dir)] == list(range(13))
+
+
+def test_tokens_are_those_that_were_trained_on(tiny, tmp_path):
+    """Also when the batch changes on the way: the duration in tokens and the schedule follow them."""
+    config = replace(tiny, max_iters=TrainConfig.max_iters, train_tokens=2048, warmup_frac=0.0, eval_interval=1)
+    train(config, At(config, 3))  # 4 steps of 128 tokens
+    summary = train(replace(config, init_from='resume', batch_tokens=256))
+    assert (summary['tokens'], summary['steps']) == (2048, 4 + (2048 - 512) // 256)
+    rows = run_log.read_metrics(tiny.out_dir)
+    tokens = [0, 128, 256, 384, *range(512, 2049, 256)]
+    assert [int(row['tokens']) for row in rows] == tokens
+    rates = [float(row['lr']) for row in rows[:-1]]
+    assert rates == pytest.approx([1e-2 * (1 - n / 2048) for n in tokens[:-1]], rel=1e-4)
+    assert state_tokens(tiny.out_dir) == 2048
+    smaller = replace(config, init_from='resume', batch_tokens=64, train_tokens=2560)  # and back, with a later end
+    assert (train(smaller)['tokens'], state_tokens(tiny.out_dir)) == (2560, 2560)
+    with pytest.raises(UserError, match='past the end'):
+        train(replace(smaller, train_tokens=1024))
+    in_steps = replace(tiny, out_dir=str(tmp_path / 'steps'))
+    train(in_steps, At(in_steps, 3))
+    summary = train(replace(in_steps, init_from='resume', batch_tokens=256))
+    assert (summary['steps'], summary['tokens']) == (8, 4 * 128 + 4 * 256)
+
+
+def state_tokens(out_dir):
+    return checkpoint.newest(out_dir)[1]['tokens']
+
+
+# -----------------------------------------------------------------------------
+# Work that could be lost
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(block_size=1024, batch_tokens=1024), 'too few for block_size'), (dict(vocab_size=20), 'ids, the model'),
+    (dict(dataset='nonesuch'), 'no dataset in'), (dict(wandb_log=True), 'wandb_log=True needs wandb'),
+    (dict(batch_tokens=100), 'is not a multiple'),
+    (dict(init_from='gpt2'), 'init_from=.gpt2. needs transformers'), (dict(), 'stopped'), (dict(init_std=1e30), 'nan')])
+def test_an_old_run_stays_until_the_first_step_of_the_new_one(tiny, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    write_dataset(tmp_path / 'data', [('train', 'ab' * 900, True), ('val', 'ab' * 300, True)], ByteTokenizer(), '')
+    config = replace(tiny, dataset=str(tmp_path / 'data'))
+    train(config)
+    before = contents(tiny.out_dir)
+    if message in ('stopped', 'nan'):
+        stop = SimpleNamespace(received=signal.SIGTERM) if message == 'stopped' else None
+        assert train(replace(config, overwrite=True, **changes), stop)['steps'] == 0
+        assert f"the old run in '{tiny.out_dir}' is as it was" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=message):
+            train(replace(config, overwrite=True, **changes))
+    assert contents(tiny.out_dir) == before
+    assert train(replace(config, overwrite=True, max_iters=4))['steps'] == 4
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000004']
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+
+
+def with_bad_val(folder, kind):
+    """A dataset whose validation data cannot be used."""
+    words = 'abc de ' * 200
+    write_dataset(folder, [('train', words, True), ('val', 'abc' if kind == 'short' else words, True)],
+                  CharTokenizer.of(words), 'words')
+    if kind == 'id':
+        ids = np.fromfile(folder / 'val.bin', np.uint16)
+        ids[len(ids) // 2:] = 77
+        ids.tofile(folder / 'val.bin')
+    return str(folder)
+
+
+@pytest.mark.parametrize('kind, message', [('short', 'too few for block_size=16'), ('id', 'holds id 77')])
+@pytest.mark.parametrize('eval_interval', [0, 4])
+def test_validation_data_is_checked_before_the_first_step(tiny, tmp_path, kind, message, eval_interval):
+    config = replace(tiny, dataset=with_bad_val(tmp_path / 'data', kind), eval_interval=eval_interval)
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not Path(tiny.out_dir, 'metrics.csv').exists()
+
+
+@pytest.mark.parametrize('always', [True, False])
+def test_a_validation_that_fails_loses_nothing(tiny, monkeypatch, always):
+    def fails(*_):
+        raise OSError('the disk is gone')
+    monkeypatch.setattr(train_module, 'evaluate', fails)
+    with pytest.raises(OSError):
+        train(replace(tiny, eval_interval=0, always_save_checkpoint=always))
+    assert checkpoint.newest(tiny.out_dir)[1]['step'] == 8
+
+
+def test_the_validation_before_a_step_that_diverged_is_kept(tiny, monkeypatch):
+    forward = GPT.forward
+
+    def bad_after_validating(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        rows = run_log.read_metrics(tiny.out_dir)
+        return logits, loss * math.nan if self.training and rows and rows[-1]['step'] == '3' else loss
+    monkeypatch.setattr(GPT, 'forward', bad_after_validating)
+    assert train(tiny)['diverged_at'] == 4
+    last = run_log.read_metrics(tiny.out_dir)[-1]
+    assert last['step'] == '4' and last['val_loss'] and not last['loss']
+
+
+# -----------------------------------------------------------------------------
+# The terminal
+
+
+TERMINALS = ('head', 'full', 'closed', 'both closed', 'ascii')
+
+
+@pytest.mark.parametrize('kind', TERMINALS)
+def test_no_terminal_ends_a_run(tiny, kind):
+    config = replace(tiny, max_iters=300, sample_tokens=30)
+    command = [sys.executable, str(ROOT / 'train.py'), *(f'--{key}={value}' for key, value in asdict(config).items()
+                                                         if value != '')]
+    environment = dict(os.environ, PYTHONIOENCODING='ascii' if kind == 'ascii' else 'utf-8', PYTHONUNBUFFERED='1')
+    shell = dict(head='{} | head -n 1', full='{} > /dev/full', closed='{} >&-', ascii='{} | cat')
+    shell |= {'both closed': '{} >&- 2>&-'}
+    line = 'set -o pipefail; ' + shell[kind].format(shlex.join(command))
+    result = subprocess.run(['bash', '-c', line], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and 'Traceback' not in result.stderr, result.stderr
+    assert json.loads(Path(tiny.out_dir, 'summary.json').read_text())['steps'] == 300
+    lost = 'warning: the output can no longer be written ('
+    assert result.stderr.count(lost) == (kind in ('head', 'full'))
+
+
+def test_a_terminal_that_hangs_up_stops_the_run_and_it_is_saved(tiny):
+    config = replace(tiny, max_iters=100_000, eval_interval=0)
+    process = start(config, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    wait_for_step(config, 3)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP and 'saved in' in out and 'Traceback' not in err
+    assert checkpoint.newest(tiny.out_dir)[1]['step'] > 3
+
+
+def test_under_nohup_a_hang_up_is_ignored(tiny):
+    config = replace(tiny, max_iters=2000, eval_interval=0)
+    process = start(config, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_step(config, 3)
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and 'SIGHUP' not in out
 
 
 # -----------------------------------------------------------------------------

@@ -7,9 +7,11 @@ import torch
 
 from model import GPT, OPTIMIZERS, GPTConfig, Rule
 from nanop.errors import UserError
-from nanop.optimizers import Muon, orthogonalized
-from test_model import TINY, make, skip_without_its_package, train_steps
-from train import TrainConfig, num_steps, rescaled, train
+from nanop.optimizers import Muon, clip_gradients, orthogonalized
+from test_model import TINY, batch, make, skip_without_its_package, train_steps
+from tools.stack import train_stack
+from tools.sweep_points import digest
+from train import TrainConfig, make_optimizer, num_steps, rescaled, train, update
 
 BIG = replace(TINY, n_layer=16, n_embd=128, parameterization='completep')  # m_N = 4, m_L = 8
 HIDDEN, VECTORS = ('hidden_weight', 'residual_proj'), ('block_norm', 'hidden_bias')
@@ -118,7 +120,7 @@ def test_stacked_matrices_are_orthogonalized_one_by_one():
     optimizer = model.configure_optimizers(0.0, 0.01, (0.0, 0.95), 1e-8, 'cpu', 'muon')
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_steps(model, optimizer, 1)
-    for name, rows in (('attn.c_attn', [32, 16, 16]), ('mlp.c_fc', [88, 88]), ('mlp.c_proj', [32]),
+    for name, rows in (('attn.c_attn', [32]), ('attn.c_kv', [16, 16]), ('mlp.c_fc', [88, 88]), ('mlp.c_proj', [32]),
                        ('attn.c_proj', [32])):
         name = f'transformer.h.0.{name}.weight'
         for moved in (model.get_parameter(name).detach() - before[name]).split(rows):
@@ -126,6 +128,109 @@ def test_stacked_matrices_are_orthogonalized_one_by_one():
             assert 0.6 < values[:8].min() and values.max() < 1.3, name  # the gradient has at least rank 8
     moved = (model.lm_head.weight.detach() - before['lm_head.weight']).abs()
     assert moved.max() == pytest.approx(0.01, rel=1e-3)  # AdamW's first step
+
+
+# -----------------------------------------------------------------------------
+# Clipping
+
+@pytest.mark.parametrize('max_norm', [0.3, 100.0, 0.0])
+def test_plain_clipping_is_torchs(max_norm):
+    """Bit for bit, also where an optimizer knows no roles; and what is not finite is returned as such."""
+    def with_gradients():
+        model = make(BIG, init_std=0.1)
+        model(*batch(BIG))[1].backward()
+        return model
+    ours, plain, theirs, broken = (with_gradients() for _ in range(4))
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf)
+    assert norm > 0.5
+    optimizer = ours.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 1e-8, 'cpu')
+    for model, optimizer in ((ours, optimizer), (plain, torch.optim.SGD(plain.parameters(), 0.1))):
+        assert torch.equal(clip_gradients(model, optimizer, max_norm), norm)
+        for name, p in theirs.named_parameters():
+            assert torch.equal(model.get_parameter(name).grad, p.grad), name
+    for bad, is_bad in ((math.inf, torch.isinf), (math.nan, torch.isnan)):
+        broken.transformer.ln_f.bias.grad[0] = bad
+        assert is_bad(clip_gradients(broken, optimizer, max_norm))
+
+
+# The factors on gradients within the scaled norm, typed by hand for m_N = 4, m_L = 8, rho = 1/4. A role's gradient
+# falls as AdamW's eps, its norm as eps * sqrt(entries): hidden matrices of completep have 4 * 4 * 8 times the entries
+SCALED = [('completep', {}, (2, 32**0.5, 8**0.5, 2)), ('completep', dict(alpha=0.5), (2, 2, 1, 2)),
+          ('completep', dict(unembed_form='weights'), (2, 32**0.5, 8**0.5, 0.5)), ('mup', {}, (2, 2, 1, 2)),
+          ('completep_supar', dict(density=0.25), (2, 32**0.5, 32**0.5, 2)), ('sp', {}, (1, 1, 1, 1))]
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_golden_scales_of_gradients(name):
+    for parameterization, changes, (ends, vectors, hidden, unembedding) in SCALED:
+        config = replace(BIG, parameterization=parameterization, **changes)
+        if name == 'muon' and config.density < 1:
+            continue
+        expected = dict.fromkeys(HIDDEN, hidden) | dict.fromkeys(VECTORS, vectors) | dict(
+            embedding=ends, final_norm=ends, unembedding=unembedding)
+        groups = groups_of(config, name, clip_norm='scaled')
+        assert {role: group['grad_scale'] for role, group in groups.items()} == pytest.approx(expected)
+        plain = {role: group['grad_scale'] for role, group in groups_of(config, name).items()}
+        assert plain == dict.fromkeys(expected, 1) | dict(unembedding=0.25 if config.unembed_form == 'weights' else 1)
+
+
+@pytest.mark.parametrize('clip_norm', ['plain', 'scaled'])
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_both_forms_of_the_unembedding_are_clipped_alike(monkeypatch, name, clip_norm):
+    """docs/variants.md: with the defaults of train.py, clipping among them, the two forms are the same training."""
+    def run(form):
+        c = TrainConfig(**vars(BIG) | dict(n_layer=2, init_std=0.1, output_mult=2.0, unembed_form=form, optimizer=name),
+                        clip_norm=clip_norm)
+        model = make(GPTConfig.of(c))
+        optimizer = make_optimizer(model, c, 'cpu')
+        return [update(model, optimizer, [model(*batch(seed=step))[1]], c.grad_clip)[:2] for step in range(12)]
+    losses, norms = zip(*run('multiplier'))
+    losses_of_weights, norms_of_weights = zip(*run('weights'))
+    assert max(norms) > 1.5 and norms_of_weights == pytest.approx(norms, rel=1e-4)  # clipped
+    assert losses_of_weights == pytest.approx(losses, abs=1e-5)
+    monkeypatch.setattr('train.clip_gradients', lambda model, optimizer, max_norm: torch.nn.utils.clip_grad_norm_(
+        model.parameters(), max_norm))
+    assert [loss for loss, _ in run('weights')] != pytest.approx(losses, abs=1e-3)  # torch's own clipping is not alike
+
+
+@pytest.mark.parametrize('key, sizes', [('n_embd', (32, 128)), ('n_layer', (2, 16))])
+def test_the_scaled_norm_does_not_depend_on_the_size(key, sizes):
+    """At init and after steps, with embeddings of size 1. The plain norm falls with width."""
+    def norms(clip_norm, size):
+        model = make(init_std=0.1, input_mult=10.0, **{key: size})
+        optimizer = model.configure_optimizers(0.0, 2**-8, (0.9, 0.95), 1e-8, 'cpu', clip_norm=clip_norm)
+        return [update(model, optimizer, [model(*batch(B=8))[1]])[1] for _ in range(5)]
+    base, large = (norms('scaled', size) for size in sizes)
+    assert base == norms('plain', sizes[0])  # bit for bit
+    assert large == pytest.approx(base, rel=0.06)
+    plain = max(abs(math.log(a / b)) for a, b in zip(norms('plain', sizes[1]), base))
+    assert plain > (0.5 if key == 'n_embd' else 0.05)
+
+
+def test_steps_of_sgd_follow_the_rules_under_the_scaled_norm():
+    """Every step is clipped: to 4 times the width, hidden weights move by 1/4 as much; with the plain norm, by more."""
+    def moved(clip_norm, size):
+        model = make(init_std=0.1, input_mult=10.0, n_embd=size)
+        optimizer = model.configure_optimizers(0.0, 0.1, (0.9, 0.95), 1e-8, 'cpu', 'sgd', clip_norm=clip_norm)
+        weight = model.transformer.h[1].mlp.c_fc.weight
+        before = weight.detach().clone()
+        for _ in range(5):
+            assert update(model, optimizer, [model(*batch(B=8))[1]], grad_clip=0.2)[1] > 0.2
+        return (weight.detach() - before).square().mean().sqrt().item() * size
+    base = moved('plain', 32)
+    assert moved('scaled', 128) == pytest.approx(base, rel=0.05)
+    assert moved('plain', 128) > 1.4 * base
+
+
+def test_a_stack_clips_as_single_runs_do(tiny):
+    one = replace(tiny, out_dir='', eval_interval=0, grad_clip=0.3, unembed_form='weights', optimizer='sgd',
+                  learning_rate=0.1)
+    configs = [one, replace(one, clip_norm='scaled'), replace(one, clip_norm='scaled', parameterization='mup'),
+               replace(one, grad_clip=0.0)]
+    stacked, alone = train_stack(configs), [train(config) for config in configs]
+    losses = [summary['val_loss'] for summary in alone]
+    assert [summary['val_loss'] for summary in stacked] == pytest.approx(losses, abs=1e-5)
+    assert len({round(loss, 4) for loss in losses}) == 4  # the runs differ
 
 
 # -----------------------------------------------------------------------------
@@ -154,6 +259,28 @@ def test_golden_batch_and_duration(ratios, expected):
     assert rescaled(off, steps) == off
     if ratios == (1, 1):
         assert rescaled(config, steps) == config  # bit for bit
+
+
+@pytest.mark.parametrize('names', [('lr',), ('lr', 'weight_decay'), ('beta2', 'eps'), ('beta1',)])
+def test_only_what_is_named_is_rescaled(names):
+    """By hand for 4 times the duration: lr and decay halve, eps doubles, 1 - beta is a quarter."""
+    config = replace(BASE, train_tokens=4 * 16384 * 1000, max_iters=TrainConfig.max_iters, rescale=','.join(names))
+    expected = dict(learning_rate=0.004, weight_decay=0.1, eps=1e-8, beta1=0.9, beta2=0.95)
+    rescaled_ones = dict(lr=0.002, weight_decay=0.05, eps=2e-8, beta1=0.975, beta2=0.9875)
+    expected |= {'learning_rate' if name == 'lr' else name: rescaled_ones[name] for name in names}
+    c = rescaled(config, num_steps(config, 1))
+    assert {key: getattr(c, key) for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_runs_of_equal_values_have_one_digest():
+    """At the base's duration nothing is rescaled; half the rate by hand is half the rate by the rule."""
+    base = TrainConfig(train_tokens=16384 * 1000, learning_rate=0.004, weight_decay=0.1)
+    ruled = replace(base, base_train_tokens=base.train_tokens)
+    assert digest(base) == digest(ruled) == digest(replace(ruled, rescale='lr'))
+    longer = dict(train_tokens=4 * base.train_tokens)
+    by_hand, by_rule = replace(base, **longer, learning_rate=0.002), replace(ruled, **longer, rescale='lr')
+    assert digest(by_hand) == digest(by_rule) != digest(replace(base, **longer))
+    assert digest(replace(by_rule, rescale='lr,weight_decay')) != digest(by_rule)
 
 
 def test_decay_by_time_scale_and_independent_decay():
@@ -190,6 +317,12 @@ def test_a_batch_without_betas_is_an_error(changes, message):
      "independent weight decay divide by it"),
     (dict(optimizer='lion', base_batch_tokens=8192), "base_train_tokens have rules for adamw only"),
     (dict(base_batch_tokens=8192), 'base_batch_tokens=8192 is not allowed: it needs a duration in tokens'),
+    (dict(rescale='lr'), "rescale='lr' is not allowed: use some of lr,weight_decay,eps,beta1,beta2, each once, beside"),
+    (dict(rescale='', base_train_tokens=8192), "rescale='' is not allowed: use some of lr,"),
+    (dict(rescale='lr,lr', base_train_tokens=8192), "rescale='lr,lr' is not allowed"),
+    (dict(rescale='lr,learning_rate', base_train_tokens=8192), "rescale='lr,learning_rate' is not allowed"),
+    (dict(clip_norm='role'), "clip_norm='role' is not allowed: use one of plain, scaled"),
+    (dict(clip_norm='scaled', grad_clip=0.0), "clip_norm='scaled' is not allowed: it would do nothing, set grad_clip"),
     (dict(optimizer='sgd', tau_ema=0.1), "optimizer='sgd' is not allowed: its decay is coupled"),
     (dict(optimizer='muon', parallel='fsdp'), "it needs whole matrices and parallel='fsdp' shards them"),
 ])
@@ -221,7 +354,7 @@ def test_zero_is_a_beta_and_a_learning_rate():
 
 def test_a_run_says_what_it_derived(tiny, capsys):
     tokens = dict(base_batch_tokens=tiny.batch_tokens // 4, train_tokens=2 * tiny.batch_tokens)
-    train(replace(tiny, weight_decay=0.1, **tokens))
+    train(replace(tiny, weight_decay=0.1, max_iters=TrainConfig.max_iters, **tokens))
     # m_B = 4, m_D = 1: by hand from Table 1 of arXiv:2512.22382
     values = 'learning_rate 0.02, weight_decay 0.2, eps 5e-09, beta1 0.6, beta2 0.8\n'
     assert f'batch and duration differ from the base: {values}' in capsys.readouterr().out

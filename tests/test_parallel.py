@@ -81,7 +81,8 @@ SUPAR = dict(parameterization='completep_supar', density=0.5)
 
 @pytest.mark.parametrize('kind, changes', [
     ('ddp', dict(parameterization='completep')), ('ddp', SUPAR), ('ddp', dict(optimizer='muon')),
-    ('fsdp', dict(optimizer='sgd', qk_norm=True, norm='rmsnorm', n_kv_head=1, pos='rope', activation='relu2')),
+    ('fsdp', dict(optimizer='sgd', clip_norm='scaled', qk_norm=True, norm='rmsnorm', n_kv_head=1, pos='rope',
+                  activation='relu2')),
     ('fsdp', dict(tie_weights=True, recompute=True, **SUPAR))])
 def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
     one = replace(tiny, **{**changes, 'recompute': False})

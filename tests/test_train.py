@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def test_first_step_is_the_reference_step(tiny, tmp_path):
 
 
 def test_duration_and_decay_are_derived(tiny, optimizers):
-    config = replace(tiny, tokens_per_param=0.05, tau_ema=0.5, eval_interval=100)
+    config = replace(tiny, max_iters=TrainConfig.max_iters, tokens_per_param=0.05, tau_ema=0.5, eval_interval=100)
     summary = train(config)
     params = 2 * 256 * 32 + 16 * 32 + 2 * (12 * 32 ** 2 + 13 * 32) + 2 * 32
     assert summary['params'] == params and summary['steps'] == round(0.05 * params / 128)
@@ -252,7 +253,7 @@ def test_schedules():
         return [lr_fraction(config, step, 10) for step in range(10)]
     assert curve(warmup_frac=0.2) == pytest.approx([0.5, 1, 1, .875, .75, .625, .5, .375, .25, .125])
     assert curve(warmup_frac=0.0, schedule='constant') == [1.0] * 10
-    assert curve(warmup_frac=0.5, schedule='constant', final_lr_frac=0.1) == pytest.approx([.2, .4, .6, .8] + [1] * 6)
+    assert curve(warmup_frac=0.5, schedule='constant') == pytest.approx([.2, .4, .6, .8] + [1] * 6)
     cosine = curve(warmup_frac=0.0, schedule='cosine', final_lr_frac=0.1)
     assert cosine[0] == 1 and cosine[5] == pytest.approx(0.55) and cosine[9] == pytest.approx(0.122, abs=1e-3)
     assert curve(warmup_frac=1.0)[-1] == 1 and min(curve(warmup_frac=1.0)) > 0
@@ -529,6 +530,21 @@ def test_wandb_is_optional(tiny, monkeypatch):
     assert calls == [('nanoP', 'mine', 2), (0, True, True), (1, False, True), (2, True, False), 'finish']
 
 
+@pytest.mark.parametrize('where', ['init', 'log', 'finish'])
+def test_wandb_cannot_end_the_run(tiny, monkeypatch, capsys, where):
+    class Wandb:
+        def __getattr__(self, name):
+            def function(*_, **__):
+                if name == where:
+                    raise ConnectionError('no route\nto host')
+                return self
+            return function
+    monkeypatch.setitem(sys.modules, 'wandb', Wandb())
+    summary = train(replace(tiny, wandb_log=True))
+    assert summary['steps'] == 8 and Path(tiny.out_dir, 'summary.json').exists()
+    assert capsys.readouterr().err.count('warning: Weights & Biases failed (no route); going on without it') == 1
+
+
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(UserError, match="init_from='gpt2' needs transformers: pip install transformers"):
@@ -558,12 +574,13 @@ def test_every_model_key_reaches_the_model(tiny):
     changed = dict(dropout=0.1, bias=False, tie_weights=True, density=0.5, mask_seed=3, parameterization='depth_mup',
                    alpha=0.75, base_n_layer=4, base_n_embd=64, base_head_dim=8, init_std=0.1, input_mult=2.0,
                    attn_mult=2.0, output_mult=2.0, vocab_size=300, real_vocab_size=299, n_layer=3, n_embd=48,
-                   head_dim=24, block_size=8, norm='rmsnorm', norm_gain=False, qk_norm=True, activation='relu2',
-                   pos='rope', n_kv_head=1, attn_scale='1/d', zero_init_query=True)
-    untied = dict(tie_weights=False, unembed_form='weights', zero_init_unembed=True)
+                   head_dim=24, block_size=8, norm='rmsnorm', norm_gain=False, activation='relu2',
+                   pos='rope', n_kv_head=1, base_n_kv_head=4, attn_scale='1/d', zero_init_query=True)
+    untied = dict(tie_weights=False, unembed_form='weights', zero_init_unembed=True, zero_init_query=False,
+                  qk_norm=True)
     assert {*changed, *untied} == {field.name for field in fields(GPTConfig)}
     for values in (changed, {**changed, **untied}):
-        model = train_module.build_model(replace(tiny, **values), Dataset(tiny.dataset), None)
+        model = train_module.build_model(replace(tiny, **values), Dataset(tiny.dataset))
         assert {key: value for key, value in asdict(model.config).items() if key in values} == values
 
 
@@ -652,6 +669,8 @@ class Defaults:
     max_iters: int = 10
     compile: bool = True
     out_dir: str = 'out'
+    train_tokens: int = 0
+    one_of = [('max_iters', 'train_tokens')]
 
 
 @pytest.mark.parametrize('argument, expected', [
@@ -682,6 +701,10 @@ class Defaults:
     ('like.yaml', 'like.yaml: sets no key; a config is Python, a line like n_layer = 3 for each key'),
     ('good.py', dict(learning_rate=2.0, max_iters=30)),
     ('based.py', dict(learning_rate=2.0, max_iters=7)),
+    ('helpers.py', dict(learning_rate=2.0, max_iters=2)),
+    ('a_class.py', "a_class.py: max_iters must be int, got <class 'int'> (type)"),
+    ('exits.py', 'exits.py: SystemExit: 0'),
+    ('both.py', 'both.py: max_iters and train_tokens set one thing: leave one of them out'),
 ])
 def test_configurator(tmp_path, monkeypatch, argument, expected):
     monkeypatch.chdir(tmp_path)
@@ -693,6 +716,11 @@ def test_configurator(tmp_path, monkeypatch, argument, expected):
     Path('raises.py').write_text('max_iters = nonesuch\n')
     Path('good.py').write_text('import math\n_half = 15\nmax_iters = 2 * _half\nlearning_rate = 2\n')
     Path('based.py').write_text('from good import *\nmax_iters = 7\n')
+    Path('helpers.py').write_text('from math import pi, sqrt\nfrom pathlib import Path\nimport os.path as somewhere\n'
+                                  'learning_rate = sqrt(4)\nhalf = lambda x: x // 2\nmax_iters = half(4)\n')
+    Path('a_class.py').write_text('max_iters = int\n')
+    Path('exits.py').write_text('import sys\nmax_iters = 3\nsys.exit(0)\n')
+    Path('both.py').write_text('from good import *\ntrain_tokens = 5\n')
     if isinstance(expected, dict):
         assert configure(Defaults, [argument]) == expected
         assert 'good' not in sys.modules
@@ -707,6 +735,41 @@ def test_files_and_flags_apply_from_left_to_right(tmp_path):
     file.write_text('max_iters = 3\n')
     assert configure(Defaults, ['--max_iters=1', str(file)]) == dict(max_iters=3)
     assert configure(Defaults, [str(file), '--max_iters=1']) == dict(max_iters=1)
+
+
+def test_of_two_keys_that_set_one_thing_the_flag_counts(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('steps.py').write_text('max_iters = 3\n')
+    Path('tokens.py').write_text('train_tokens = 300\n')
+    assert configure(Defaults, ['steps.py', '--train_tokens=5']) == dict(max_iters=10, train_tokens=5)
+    assert '--train_tokens=5 replaces max_iters=3' in capsys.readouterr().out
+    assert configure(Defaults, ['tokens.py', '--max_iters=5']) == dict(max_iters=5, train_tokens=0)
+    assert configure(Defaults, ['tokens.py', 'steps.py']) == dict(max_iters=3, train_tokens=0)
+    assert configure(Defaults, ['tokens.py', '--train_tokens=0']) == dict(train_tokens=0)
+    assert configure(Defaults, ['tokens.py', '--train_tokens=0', '--max_iters=4']) == dict(max_iters=4, train_tokens=0)
+    for argv in (['--max_iters=5', '--train_tokens=5'], ['--train_tokens=5', 'steps.py'],
+                 ['--max_iters=5', 'tokens.py']):
+        with pytest.raises(UserError, match='max_iters and train_tokens set one thing'):
+            configure(Defaults, argv)
+
+
+@pytest.mark.parametrize('config, argv, duration', [
+    (dict(max_iters=6), ['--train_tokens=1280'], dict(max_iters=1000, train_tokens=1280, tokens_per_param=0.0)),
+    (dict(max_iters=1000, train_tokens=768), ['--max_iters=10'], dict(max_iters=10, train_tokens=0)),
+    (dict(max_iters=1000, tokens_per_param=0.03), ['--max_iters=10'], dict(max_iters=10, tokens_per_param=0.0)),
+    (dict(max_iters=1000, train_tokens=768), ['--tokens_per_param=1'], dict(train_tokens=0, tokens_per_param=1.0)),
+])
+def test_a_resumed_run_takes_the_flags_duration(tiny, config, argv, duration):
+    train(replace(tiny, **config))
+    argv = [f'--out_dir={tiny.out_dir}', '--init_from=resume', *argv]
+    resumed = train_module.read_config(argv)
+    assert {key: getattr(resumed, key) for key in duration} == duration
+
+
+def test_a_resumed_run_takes_the_flags_decay(tiny):
+    train(replace(tiny, weight_decay=0.1))
+    resumed = train_module.read_config([f'--out_dir={tiny.out_dir}', '--init_from=resume', '--tau_ema=0.2'])
+    assert (resumed.weight_decay, resumed.tau_ema) == (0.0, 0.2)
 
 
 @pytest.mark.parametrize('key, value, message', [
@@ -730,6 +793,11 @@ def test_values_no_run_can_use(key, value, message):
     assert message in str(error.value)
     with pytest.raises(UserError, match='tau_ema=0.1 is not allowed: weight_decay=0.2 sets the decay, too'):
         TrainConfig(tau_ema=0.1, weight_decay=0.2)
+    for duration in (dict(train_tokens=5), dict(tokens_per_param=5.0)):
+        with pytest.raises(UserError, match='max_iters=7 is not allowed: train_tokens or tokens_per_param sets'):
+            TrainConfig(max_iters=7, **duration)
+    with pytest.raises(UserError, match="final_lr_frac=0.1 is not allowed: schedule='constant' ends at the peak"):
+        TrainConfig(final_lr_frac=0.1, schedule='constant')
 
 
 def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path, run_here):
@@ -786,6 +854,9 @@ def test_sample(tiny, tmp_path, run_here):
     assert text.startswith('abc fg') and len(text) == 6 + 40 + 1 and set(text) <= set('abcdefghij \n')
     assert text == sample('--start=FILE:' + str(tmp_path / 'prompt.txt')) != sample('--start=abc fg', '--seed=1')
     assert sample('--temperature=0').strip() == sample('--temperature=0', '--seed=2').strip() != ''
+    for cold in ('1e-40', '1e-320', '1e-9'):
+        assert sample(f'--temperature={cold}') == sample('--temperature=0')
+    assert len(sample('--temperature=1e30')) > 20
     two = sample('--num_samples=2')
     assert '--- sample 1' in two and '--- sample 2' in two
     for args, message in ((['--start=FILE:nonesuch'], 'cannot be read'), (['--out_dir=nonesuch'], 'no checkpoint'),
@@ -793,6 +864,30 @@ def test_sample(tiny, tmp_path, run_here):
                           (['--init_from=gpt3'], "init_from='gpt3' is not allowed")):
         result = run_here('sample.py', f'--out_dir={tiny.out_dir}', *args)
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_sample_for_any_terminal(tiny, tmp_path):
+    words, splits = 'aé→😀 ' * 400, ('train', 'val')
+    write_dataset(tmp_path / 'chars', [(split, words, True) for split in splits], CharTokenizer.of(words), 'w')
+    train(replace(tiny, dataset=str(tmp_path / 'chars'), max_iters=2))
+    command = shlex.join([sys.executable, str(ROOT / 'sample.py'), f'--out_dir={tiny.out_dir}', '--device=cpu',
+                          '--max_new_tokens=300', '--start=é→'])
+    for shell, encoding, code, out, err in (
+            ('{}', 'ascii', 0, '??', ''), ('{}', 'latin-1', 0, 'é?', ''), ('{}', 'utf-8', 0, 'é→', ''),
+            ('{} | head -c 4', 'utf-8', 141, '', ''), ('{} >&-', 'utf-8', 0, '', ''),
+            ('{} > /dev/full', 'utf-8', 141, '', 'error: the output can no longer be written (')):
+        result = subprocess.run(['bash', '-c', 'set -o pipefail; ' + shell.format(command)], capture_output=True,
+                                env=dict(os.environ, PYTHONIOENCODING=encoding))
+        assert (result.returncode, result.stdout.decode(encoding, 'replace')[:len(out)]) == (code, out), shell
+        assert result.stderr.decode().startswith(err) and len(result.stderr.splitlines()) == bool(err), result.stderr
+
+
+def test_weights_that_are_not_finite_are_not_sampled(tiny):
+    model = GPT(GPTConfig(vocab_size=9, n_embd=64))
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match='logits are not finite'):
+            model.generate(torch.tensor([[1]]), 2, temperature)
 
 
 def test_sample_of_a_char_model_names_unknown_characters(tiny, tmp_path, run_here):

@@ -31,7 +31,7 @@ def activation_bytes(model, tokens, product_bytes, recompute, cpu_bf16=False):
     c, p = model.config, product_bytes
     attn, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
     norms = c.n_embd * 2 * (4 + p)  # inputs and outputs
-    attention = p * (attn.c_attn.out_features + c.n_embd)  # queries, keys and values; output
+    attention = p * (sum(attn.heads) * c.head_dim + c.n_embd)  # queries, keys and values; output
     hidden = p * (mlp.c_fc.out_features + mlp.c_proj.in_features)  # before and after the activation
     block = norms + attention + hidden
     if cpu_bf16:  # attention weights: in each head half of T^2, in pieces of QUERIES queries
@@ -148,9 +148,10 @@ def run_and_measure(config, steps, queue):
     device = pick_device(config.device)
     torch.set_num_threads(1)
     config = replace(config, out_dir='', parallel='ddp', max_iters=steps, tokens_per_param=0.0, train_tokens=0,
-                     base_batch_tokens=0, base_train_tokens=0, eval_interval=0, compile=False,
-                     eval_tokens=config.block_size)
-    train(replace(config, n_layer=1, n_embd=config.head_dim, n_kv_head=0, batch_tokens=config.block_size, max_iters=1))
+                     base_batch_tokens=0, base_train_tokens=0, rescale=TrainConfig.rescale, eval_interval=0,
+                     compile=False, eval_tokens=config.block_size)
+    train(replace(config, n_layer=1, n_embd=config.head_dim, n_kv_head=0, base_n_kv_head=0,
+                  batch_tokens=config.block_size, max_iters=1))
     tiny = peak_memory_bytes(device)
     train(config)
     queue.put(peak_memory_bytes(device) - tiny)

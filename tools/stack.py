@@ -13,15 +13,15 @@ from dataclasses import asdict, replace
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, role_of
 from nanop.dataset import Dataset
 from nanop.machine import pick_device, pick_dtype, set_up
 from train import build_model, lr_fraction, make_optimizer, num_steps, rescaled, split_batch
 
 DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2', 'eps', 'grad_clip', 'init_std',
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
-             'base_head_dim', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac', 'weight_decay_mode', 'muon_mult',
-             'base_batch_tokens', 'base_train_tokens')
+             'base_head_dim', 'base_n_kv_head', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac',
+             'weight_decay_mode', 'muon_mult', 'base_batch_tokens', 'base_train_tokens', 'rescale', 'clip_norm')
 UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where only the dataset knows and it is not here
 
 
@@ -111,9 +111,10 @@ class Stack:
             return vmap(lambda weights, x, y: functional_call(self.shared, weights, (x, y))[1])(
                 self.multiplied_params() | self.masks, inputs, targets)
 
-    def clip_gradients(self, largest):
-        """Scale gradients whose norms are above `largest` (K,). Returns the norms (K,) before."""
-        norms = sum(p.grad.flatten(1).square().sum(1) for p in self.params.values()).sqrt()
+    def clip_gradients(self, largest, grad_scales):
+        """nanop.optimizers.clip_gradients with `largest` (K,) and {role: (K,)}. Returns the norms (K,)."""
+        norms = sum(p.grad.flatten(1).square().sum(1) * grad_scales[role_of(name)].square()
+                    for name, p in self.params.items()).sqrt()
         scales = (largest / (norms + 1e-6)).clamp(max=1.0)
         for p in self.params.values():
             p.grad.mul_(scales.view(-1, *[1] * (p.dim() - 1)))
@@ -145,6 +146,8 @@ def train_stack(configs):
     rates = [rescaled(config, steps) for config in configs]
     optimizers = [make_optimizer(model, each, machine.device.type) for model, each in zip(stack.models, rates)]
     grad_clip = torch.tensor([config.grad_clip or math.inf for config in configs], device=machine.device)
+    grad_scales = {groups[0]['role']: grad_clip.new_tensor([group['grad_scale'] for group in groups])
+                   for groups in zip(*(each.param_groups for each in optimizers))}
     loss, diverged_at, started = torch.full((K,), math.nan), [None] * K, time.perf_counter()
     for step in range(steps):
         starts = [data.train_starts(config.seed, step, sequences, c.block_size) for config in configs]
@@ -155,7 +158,7 @@ def train_stack(configs):
             losses = stack.losses(batches, machine) / micro_batches
             losses.sum().backward()
             total += losses.detach()
-        loss, norms = torch.stack([total, stack.clip_gradients(grad_clip)]).cpu()
+        loss, norms = torch.stack([total, stack.clip_gradients(grad_clip, grad_scales)]).cpu()
         for k in range(K):
             if diverged_at[k] is None and not (loss[k].isfinite() and norms[k].isfinite()):
                 diverged_at[k] = step
