@@ -72,7 +72,7 @@ class TrainConfig(GPTConfig):
     # batch and duration of the tuning run: length_rules rescale learning_rate, weight_decay, eps and betas; 0: do not
     base_batch_tokens: int = 0
     base_train_tokens: int = 0
-    rescale: str = 'lr,weight_decay,eps,beta1,beta2'  # what they rescale, of these five
+    rescale: str = 'lr,weight_decay,eps,beta1,beta2'  # what they act on; beta1 loses in longer runs: docs/variants.md
     # schedule: a factor on every learning rate
     warmup_frac: float = 0.1               # fraction of the steps, linear from zero
     schedule: str = 'linear'               # after the warm-up: linear, cosine, constant

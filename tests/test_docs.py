@@ -1,8 +1,11 @@
 """Tests of README.md and docs/: every link leads somewhere, every command is one, every figure is that of a result."""
 import csv
 import json
+import math
 import re
 import shlex
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ import coord_check
 import sample
 import sweep
 from configurator import configure
-from tools.sweep_report import compare, curve_of, mean_loss, optimum, read_trials
+from tools.sweep_files import read_trials
+from tools.sweep_points import TYPES, Sweep
+from tools.sweep_report import compare, mean_losses, optimum
 from train import TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,76 +105,161 @@ def test_commands_are_commands(words):
 # -----------------------------------------------------------------------------
 # Figures: each is computed from committed results, and the sentence that states it must be in the page
 
-TYPES = dict(n_layer=int, n_embd=int, density=float, parameterization=str, learning_rate=float, seed=int)
+COMMANDS = {  # of results whose sweep.py had more than a config
+    'sweep_batch_128': 'config/sweep_batch.py --n_embd=128',
+    'sweep_block_size_128': 'config/sweep_block_size.py --n_embd=128',
+    'sweep_depth_125': 'config/sweep_depth.py --max_iters=125 --n_layer=2,32 --seed=1,2 '
+                       '--parameterization=sp,completep',
+    'sweep_depth_500': 'config/sweep_depth.py --max_iters=500 --seed=1',
+    'sweep_depth_500_ends': 'config/sweep_depth.py --max_iters=500 --n_layer=2,32 --seed=1,2 '
+                            '--learning_rate=0.0078125,0.015625,0.03125,0.0625',
+    'sweep_depth_decay': 'config/sweep_depth.py --weight_decay=0.3 --seed=1 '
+                         '--learning_rate=0.0078125,0.015625,0.03125,0.0625',
+    'sweep_n_over_l_steps': 'config/sweep_n_over_l_steps.py --seed=1',
+    'tune_proxy': '--tune config/sweep_base.py --trials=64',
+    'tune_direct': '--tune config/sweep_base.py --trials=16 --n_layer=16 --n_embd=64',
+}
+SWEEPS = sorted(path.parent.name for path in ROOT.glob('results/*/trials.csv') if 'ablations' not in path.parent.name)
 
 
-def curves(sweep_name, rules, shape_key, least=0.0, most=1.0):
-    """The curves over the learning rate of one parameterization, from the first shape of the sweep to its last.
+@cache
+def report_on(name):
+    """The SweepReport that the present code makes from a committed trials.csv."""
+    words = COMMANDS.get(name, f'config/{name}.py').split()
+    its_sweep = Sweep(*sweep.read_sweep([str(ROOT / word) if word.startswith('config/') else word for word in words]))
+    rows = read_trials(ROOT / 'results' / name / 'trials.csv', TYPES, its_sweep.facts['differ'])
+    return sweep.make_report(its_sweep, name, *its_sweep.divide(rows))
 
-    Rates from least to most, at points that all seeds have run: some folders also hold runs outside the final grid.
-    """
-    rows = [row for row in read_trials(ROOT / 'results' / sweep_name / 'trials.csv', TYPES)
-            if row['parameterization'] == rules and least <= row['learning_rate'] <= most]
-    seeds = {}
-    for row in rows:
-        seeds.setdefault((row[shape_key], row['learning_rate']), set()).add(row['seed'])
-    all_seeds = max(seeds.values(), key=len)
-    found = {}
-    for row in rows:
-        if seeds[row[shape_key], row['learning_rate']] == all_seeds:
-            found.setdefault(row[shape_key], []).append(row)
-    return [curve_of(of_shape, 'learning_rate', []) for of_shape in found.values()]
+
+@pytest.mark.parametrize('name', SWEEPS)
+def test_reports_are_those_of_their_trials(name):
+    """Every row of trials.csv that is of the report's models is in it. If not: python sweep.py .. --out_dir=COPY."""
+    assert report_on(name).markdown() == text_of(f'results/{name}/report.md')
+
+
+def curves(name, rules, axis='learning_rate'):
+    """The curves of one parameterization, from the first shape of the sweep to its last."""
+    return next(list(of_shapes.values()) for label, of_shapes in report_on(name).curves(axis).items()
+                if rules in label.split(' = '))
 
 
 def best_loss(curve):
-    return mean_loss(optimum(curve).losses)
+    return optimum(curve).loss
+
+
+def percent(fraction, digits=1):
+    return f'{100 * fraction:.{digits}f}%'
+
+
+def steps_saved(shape):
+    """The fraction of 250 steps that completep can leave out and be as good as mup after all of them, seed 1."""
+    mup, completep = ({steps: losses[1] for steps, losses in curve.items()} for curve in (
+        curves('sweep_n_over_l', 'mup')[shape], curves('sweep_n_over_l', 'completep')[shape]))
+    (bound,), (last,) = mup.values(), completep.values()
+    losses = {steps: by_seed[1] for steps, by_seed in
+              curves('sweep_n_over_l_steps', 'completep', 'max_iters')[shape - 1].items()} | {250: last}
+    (before, high), (after, low) = next(pair for pair in pairwise(losses.items()) if pair[1][1] <= bound)
+    return 1 - (before + (after - before) * (high - bound) / (high - low)) / 250
+
+
+def wide_and_deep():
+    """Sentences on width and depth: (page, its part)."""
+    width = {rules: compare(curves('sweep_width', rules)) for rules in ('sp', 'completep')}
+    deep = {rules: compare(curves('sweep_depth', rules)) for rules in ('sp', 'depth_mup', 'completep')}
+    sp, completep, half = width['sp'], width['completep'], deep['depth_mup']
+    for page in ('README.md', 'docs/results.md'):
+        yield page, f'falls by {-sp.drift:.2f} ± {sp.drift_error:.2f} octaves'
+        yield page, f'drifts by {half.drift:.1f} ± {half.drift_error:.1f} octaves'
+    yield 'README.md', f'keeping it gives a {percent(half.regret_frac)} higher loss'
+    yield 'README.md', f'best rate gives a {percent(sp.regret_frac, 0)} higher loss'
+    yield 'README.md', f'({completep.drift:+.2f} ± {completep.drift_error:.2f}) and keeping it costs nothing'
+    yield 'docs/results.md', f'rate costs {percent(half.regret_frac)}'
+    yield 'docs/results.md', f'narrowest costs {percent(sp.regret_frac, 0)} of the loss'
+    yield 'docs/results.md', f'stays ({completep.drift:+.2f} ± {completep.drift_error:.2f} octaves), and keeping'
+    c = deep['completep']
+    assert completep.regret_frac == c.regret_frac == 0  # "costs nothing"; the best at 2 layers is the best run at 32
+    yield 'docs/results.md', f'(drift {c.drift:+.2f} ± {c.drift_error:.2f} octaves, regret {percent(c.regret_frac, 0)})'
+    first, *_, last = curves('sweep_depth', 'sp')
+    before, after = mean_losses(first), mean_losses(last)
+    lost = [after[rate] - before[rate] for rate in before]
+    yield 'docs/results.md', (f'lose {best_loss(last) - best_loss(first):.2f} nats from 2 layers to 32 at their best '
+                              f'rates (rate by rate {min(lost):.2f} to {max(lost):+.2f})')
+    yield 'docs/results.md', f"({deep['sp'].drift:.2f} ± {deep['sp'].drift_error:.2f} octaves)"
+
+
+def more_depth_and_density():
+    deep = ('sp', 'depth_mup', 'completep')
+    ends = {rules: curves('sweep_depth_500_ends', rules) for rules in deep}
+    gain = {rules: best_loss(of[0]) - best_loss(of[-1]) for rules, of in ends.items()}
+    c, half = compare(ends['completep']), compare(ends['depth_mup'])
+    yield 'docs/results.md', (f'32 layers are {gain["completep"]:.2f} nats better than 2 under `completep` (drift '
+                              f'{c.drift:.1f} ± {c.drift_error:.1f}, regret {percent(c.regret_frac, 0)}) and '
+                              f'{-gain["sp"]:.2f} worse under `sp`')
+    yield 'docs/results.md', f'`depth_mup` costs {percent(half.regret_frac)[:-1]} ± {percent(half.regret_error)}'
+    decay = {rules: compare(curves('sweep_depth_decay', rules)) for rules in deep}
+    sp, half, completep = (percent(found.regret_frac) for found in decay.values())
+    yield 'docs/results.md', (f'costs {sp} under `sp`, at least {half} under `depth_mup` and {completep} under '
+                              f"`completep` (drift {decay['completep'].drift:+.1f})")
+    assert optimum(curves('sweep_depth_decay', 'depth_mup')[-1]).mark == '>'  # "at least"
+    assert optimum(curves('sweep_depth_decay', 'completep')[-1]).mark == ''
+    sparse = {rules: curves('sweep_density', rules) for rules in ('sp', 'mup', 'supar')}
+    sp, mup, supar = map(compare, sparse.values())
+    yield 'docs/results.md', f'stays ({supar.drift:.2f} octaves, regret {percent(supar.regret_frac, 0)})'
+    yield 'README.md', f'the best rate stays ({supar.drift:.2f} octaves)'
+    yield 'docs/results.md', f'costs {percent(sp.regret_frac)} and {percent(mup.regret_frac)}'
+    yield 'README.md', f'climbs by more than {math.floor(sp.drift)}'
+    yield 'docs/results.md', f'climbs by more than {math.floor(sp.drift)} and {math.floor(mup.drift)} octaves'
+    sp, mup, supar = (f'{best_loss(of[-1]):.2f}' for of in sparse.values())
+    yield 'docs/results.md', f'({sp} and {mup} against {supar} at 1/8)'
+
+
+def other_questions():
+    page = 'docs/results.md'
+    first, *_, last = curves('sweep_init_std', 'completep', 'init_std')
+    rules = [curves('sweep_init_std', other, 'init_std')[-1] for other in ('sp', 'depth_mup')]
+    assert all(last[value][1] < other[value][1] for other in rules for value in last)  # "ahead at every init"
+    values = list(last)
+    moved = values.index(optimum(last).best) - values.index(optimum(first).best)
+    yield page, f'moves by {moved} grid points, {optimum(first).best:g} to {optimum(last).best:g}'
+    mup, completep = ([best_loss(curve) for curve in curves('sweep_n_over_l', rules)] for rules in ('mup', 'completep'))
+    ahead = [one - other for one, other in zip(mup, completep)][1:]
+    yield page, f'costs `completep` {min(ahead):.2f} to {max(ahead):.2f} nats less than `mup`'
+    saved = [steps_saved(shape) for shape in range(1, 5)]
+    yield page, f'with {percent(saved[0], 0)} (5 layers) to {percent(saved[-1], 0)} (32) fewer steps'
+    assert saved == sorted(saved) and mup[0] == min(mup) and completep[0] == min(completep)  # "the widest shape wins"
+    moves = [compare(curves(name, 'mup')) for name in SWEEPS if re.fullmatch('sweep_(batch|block_size)(_128)?', name)]
+    assert len(moves) == 4 and all(abs(found.drift) < 1 for found in moves)  # "by less than an octave"
+    yield page, f'which costs 0 to {percent(max(found.regret_frac for found in moves))}'
+    assert {optimum(curve).best for curve in curves('sweep_schedule', 'mup', 'schedule')} == {'constant'}
+    regret = compare(curves('sweep_output_mult', 'mup', 'output_mult')).regret_frac
+    yield page, f'the same multiplier but for {percent(regret)}'
+
+
+def durations():
+    page, base = 'docs/variants.md', 'completep, base_train_tokens 1024000'
+    pieces = {'nothing': 'completep', 'all five': base} | {
+        f'`{names}`': f'{base}, rescale {names}' for names in ('lr', 'lr,weight_decay', 'lr,weight_decay,eps,beta2')}
+    longest = {name: curves('sweep_duration_pieces', label) for name, label in pieces.items()}
+    best = {name: best_loss(of[-1]) for name, of in longest.items()}
+    for name, of in longest.items():
+        found = compare(of)
+        drift = f'{found.drift:+.2f} ± {found.drift_error:.2f}' if not optimum(of[-1]).mark else f'> {found.drift:+.0f}'
+        yield page, f'| {name} | {drift} | {mean_losses(of[-1])[optimum(of[0]).best]:.3f} | {best[name]:.3f} |'
+    without_beta1 = best['`lr,weight_decay,eps,beta2`']
+    yield page, f'gain {best["nothing"] - without_beta1:.3f} nats'
+    yield page, f'beta1 costs {best["all five"] - without_beta1:.2f}'
+    assert all(mean_losses(of[-1])[optimum(of[0]).best] > best['nothing'] for name, of in longest.items()
+               if name != 'nothing')  # "too low": at the base's best rate, all pieces are worse than nothing
 
 
 def statements():
     """(page, a sentence's part with its figures computed)"""
-    width = {rules: compare(curves('sweep_width', rules, 'n_embd')) for rules in ('sp', 'completep')}
-    deep = {rules: compare(curves('sweep_depth', rules, 'n_layer')) for rules in ('sp', 'depth_mup', 'completep')}
-    ends = {rules: curves('sweep_depth_500_ends', rules, 'n_layer', 2**-7, 2**-4) for rules in deep}
-    decay = {rules: compare(curves('sweep_depth_decay', rules, 'n_layer', 2**-7, 2**-4)) for rules in deep}
-    sparse = {rules: curves('sweep_density', rules, 'density') for rules in ('sp', 'mup', 'supar')}
-    sp, completep, half = width['sp'], width['completep'], deep['depth_mup']
-    falls = f'falls by {-sp.drift:.2f} ± {sp.drift_error:.2f} octaves'
-    for page in ('README.md', 'docs/results.md'):
-        yield page, falls
-        yield page, f'rate costs {100 * half.regret_frac:.1f}%' if page != 'README.md' else \
-            f'keeping it gives a {100 * half.regret_frac:.1f}% higher loss'
-        yield page, f'drifts by {half.drift:.1f} ± {half.drift_error:.1f} octaves'
-    yield 'README.md', f'best rate gives a {100 * sp.regret_frac:.0f}% higher loss'
-    yield 'README.md', f'({completep.drift:+.2f} ± {completep.drift_error:.2f}) and keeping it costs nothing'
-    yield 'docs/results.md', f'narrowest costs {100 * sp.regret_frac:.0f}% of the loss'
-    yield 'docs/results.md', f'stays ({completep.drift:+.2f} ± {completep.drift_error:.2f} octaves)'
-    c = deep['completep']
-    yield 'docs/results.md', f'(drift {c.drift:+.2f} ± {c.drift_error:.2f} octaves, regret {100 * c.regret_frac:.0f}%)'
-    lost = curves('sweep_depth', 'sp', 'n_layer')
-    yield 'docs/results.md', f'lose {best_loss(lost[-1]) - best_loss(lost[0]):.2f} nats from 2 layers to 32'
-    yield 'docs/results.md', f"({deep['sp'].drift:.2f} ± {deep['sp'].drift_error:.2f} octaves)"
-    gain = {rules: best_loss(of[0]) - best_loss(of[-1]) for rules, of in ends.items()}
-    c = compare(ends['completep'])
-    yield 'docs/results.md', (f'32 layers are {gain["completep"]:.2f} nats better than 2 under `completep` (drift '
-                              f'{c.drift:.1f} ± {c.drift_error:.1f}, regret {100 * c.regret_frac:.0f}%) and '
-                              f'{-gain["sp"]:.2f} worse under `sp`')
-    c = compare(ends['depth_mup'])
-    yield 'docs/results.md', f'`depth_mup` costs {100 * c.regret_frac:.1f} ± {100 * c.regret_error:.1f}%'
-    sp, half, completep = (f'{100 * decay[rules].regret_frac:.1f}%' for rules in decay)
-    yield 'docs/results.md', f'costs {sp} under `sp`, {half} under `depth_mup` and {completep} under `completep`'
-    c = compare(sparse['supar'])
-    yield 'docs/results.md', f'stays ({c.drift:.2f} octaves, regret {100 * c.regret_frac:.0f}%)'
-    yield 'README.md', f'the best rate stays ({c.drift:.2f} octaves)'
-    costs = [f"{100 * compare(sparse[rules]).regret_frac:.1f}%" for rules in ('sp', 'mup')]
-    yield 'docs/results.md', f"costs {' and '.join(costs)}"
-    assert compare(sparse['sp']).drift > 3 and compare(sparse['mup']).drift > 2  # "more than 3 and 2 octaves"
-    sp, mup, supar = (f'{best_loss(of[-1]):.2f}' for of in sparse.values())
-    yield 'docs/results.md', f'({sp} and {mup} against {supar} at 1/8)'
+    yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations())
     demo = json.loads(text_of('results/completep_small/summary.json'))
     yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
     yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"
     target = json.loads(text_of('results/tune_proxy/target_summary.json'))['val_loss']
-    direct = [row['val_loss'] for row in read_trials(ROOT / 'results/tune_direct/trials.csv', TYPES)]
+    direct = [row['val_loss'] for row in report_on('tune_direct').rows]
     searches = [min(direct[i:i + 4]) for i in range(0, 16, 4)]
     yield 'README.md', f'give {target:.3f} nats at 16 x 64'
     yield 'README.md', f'the best of 4 gives {sum(searches) / 4:.3f} on average'
