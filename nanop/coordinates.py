@@ -165,6 +165,19 @@ def measure_coordinates(make, size, seed, modules, parameters, blocks, steps):
 
 # -----------------------------------------------------------------------------
 # Slopes and verdicts
+HALFWAY = 0.25  # the exponents of rules differ by multiples of 1/2, so a slope this close to one is not another
+EXCLUDED = 2    # standard errors that must lie between a slope that passes and the next exponent
+OUTSIDE = 3     # standard errors by which a slope must miss its band to fail: a check judges about a hundred slopes
+
+REASONS = {  # what keeps a line, or with 'control' the check, from being judged: (what it means, what decides)
+    'divergence': ('training diverges', 'a smaller learning rate'),
+    'saturation': ('it starts right and leaves its band in later steps', 'a smaller learning rate'),
+    'noise':      ('the seeds differ too much', 'more seeds'),
+    'curvature':  ('it is not yet a power of the size, as its slope changes towards the large end', 'larger sizes'),
+    'control':    ('nothing shows that this check can fail', 'larger sizes, more steps or a larger learning rate'),
+}
+
+
 class Band(NamedTuple):
     """The slopes that pass, from low to high, the one that theory expects, and why."""
     expected: float
@@ -172,18 +185,29 @@ class Band(NamedTuple):
     high: float
     why: str
 
+    def off(self, slope):
+        """How far a slope is from the middle of the band."""
+        return abs(slope - (self.low + self.high) / 2)
+
     def used(self, slope, stderr):
-        """The fraction of the band that slope and stderr use up: above 1 is outside, infinity if not finite."""
-        used = (abs(slope - (self.low + self.high) / 2) + stderr) / ((self.high - self.low) / 2)
+        """How far a slope uses the band up: 1 at its edge, or where the next exponent is EXCLUDED errors away."""
+        off, half = self.off(slope), (self.high - self.low) / 2
+        used = max(off / half, (off + EXCLUDED * stderr) / (half + min(half, HALFWAY)))
         return used if math.isfinite(used) else math.inf
 
+    def excludes(self, slope, error):
+        """Whether a slope is outside by more than this error."""
+        return self.off(slope) - error > (self.high - self.low) / 2
 
-def around(expected, tolerance, why):
-    return Band(expected, expected - tolerance, expected + tolerance, why)
+
+def around(expected, why, to=None, tolerance=HALFWAY):
+    """The Band of an exponent, or of one that theory leaves open between `expected` and `to`."""
+    ends = expected, expected if to is None else to
+    return Band(expected, min(ends) - tolerance, max(ends) + tolerance, why)
 
 
-FLAT = around(0, 0.15, 'must not depend on size; finite sizes and few steps move it by up to 0.1')
-LAZY = around(0, 0.25, 'blocks must not approach their linearization as the size grows: -1/2 is lazy')
+FLAT = around(0, 'must not depend on size')
+LAZY = around(0, 'blocks must not approach their linearization as the size grows: -1/2 is lazy')
 
 
 class Line(NamedTuple):
@@ -196,19 +220,27 @@ class Line(NamedTuple):
     slope: float
     stderr: float
     values: tuple
+    end_slope: float  # of the larger half of the sizes
+    end_stderr: float
+    start_slope: float  # of the sizes up to these
     band: Band | None  # None: not judged
+    verdict: str = ''  # pass, fail, or one of REASONS; '': not judged
 
     @property
     def key(self):
         return self.quantity, self.group, self.step, self.name
 
     @property
-    def used(self):
-        """The fraction of the band that is used up: above 1 is a failure."""
-        return self.band.used(self.slope, self.stderr) if self.band else 0.0
+    def badness(self):
+        """Sorts lines: not judged, those that pass, those that decide nothing, those that fail."""
+        if not self.band:
+            return ()
+        used = self.band.used(self.slope, self.stderr), self.band.used(self.end_slope, self.end_stderr)
+        return self.verdict == 'fail', self.verdict != 'pass', min(used)
 
     def __str__(self):
-        return f'{self.quantity} of {self.where} at step {self.step} {self.slope:+.2f}'
+        slopes = f'{self.slope:+.2f}, large end {self.end_slope:+.2f}'
+        return f'{self.quantity} of {self.where} at step {self.step} ({slopes})'
 
 
 def fit(sizes, values):
@@ -217,6 +249,50 @@ def fit(sizes, values):
         x, y = np.log2(np.array(sizes, dtype=float)), np.log2(values)
         slopes = (y - y.mean(1, keepdims=True)) @ (x - x.mean()) / ((x - x.mean()) ** 2).sum()
         return slopes.mean(), slopes.std(ddof=1) / len(slopes) ** 0.5, tuple(2 ** y.mean(0))
+
+
+def line_of(key, where, sizes, values, band):
+    """The Line of values (seeds, sizes). The large end is the larger half of the sizes, and at least three of four."""
+    first = len(sizes) - min(max(3, (len(sizes) + 1) // 2), len(sizes) - 1)
+    end, start = fit(sizes[first:], values[:, first:]), fit(sizes[:first + 1], values[:, :first + 1])
+    return Line(*key, where, *fit(sizes, values), *end[:2], start[0], band)
+
+
+def verdict_of(line, noise, started_right):
+    """pass, fail, or one of REASONS. `noise` is the usual standard error of such lines: seeds may agree by chance.
+    `started_right`: the module was inside its band after the first step.
+
+    A line passes if its slope at the large end is inside the band, or that over all sizes is and the large end does not
+    contradict. It fails if both are outside, the latter by OUTSIDE errors, from the first step on, and if that lasts:
+    at the large end the deviation is more than half of what it was before."""
+    if not np.isfinite(line.values).all():
+        return 'divergence'
+    if not math.isfinite(line.slope):  # it is zero
+        return 'fail'
+    band, error = line.band, max(line.end_stderr, noise)
+    contradicts = len(line.values) > 3 and band.excludes(line.end_slope, OUTSIDE * error)  # a slope of two is no slope
+    if band.used(line.end_slope, line.end_stderr) <= 1 or not contradicts and band.used(line.slope, line.stderr) <= 1:
+        return 'pass'
+    if started_right:
+        return 'saturation'
+    outside = band.excludes(line.slope, OUTSIDE * max(line.stderr, noise)) and band.excludes(line.end_slope, error)
+    lasts = band.off(line.end_slope) > band.off(line.start_slope) / 2
+    return 'fail' if outside and lasts else 'curvature' if outside or contradicts else 'noise'
+
+
+def judged(lines):
+    """The lines, which are in the order of their steps, with their verdicts."""
+    errors, started_right = defaultdict(list), {}
+    for line in lines:
+        errors[line.quantity, line.step] += [line.stderr] if math.isfinite(line.stderr) else []
+    for i, line in enumerate(lines):
+        if line.band:
+            noise = np.square(errors[line.quantity, line.step] or [0]).mean() ** 0.5
+            later = line.quantity in ('activation', 'change') and started_right.get((line.group, line.name), False)
+            line = lines[i] = line._replace(verdict=verdict_of(line, noise, later))
+            if line.quantity == 'change':
+                started_right.setdefault((line.group, line.name), line.verdict == 'pass')
+    return lines
 
 
 def places_of(layers, same_everywhere):
@@ -247,8 +323,8 @@ def lines_of(runs, sizes, seeds, expected):
         band = next((band for pattern, band in expected.items() if re.fullmatch(pattern, text)), None)
         may_be_zero = band is None or key[2] == 0
         if np.any(values != 0) or not may_be_zero:
-            lines.append(Line(*key, where[key], *fit(sizes, values), band))
-    return lines
+            lines.append(line_of(key, where[key], sizes, values, band))
+    return judged(lines)
 
 
 @dataclass
@@ -261,54 +337,70 @@ class CoordinateReport:
     treatment: list  # of Line
     control: list
 
+    def having(self, *verdicts):
+        """Lines of the treatment with one of these verdicts, worst first."""
+        found = [line for line in self.treatment if line.verdict in verdicts]
+        return sorted(found, key=lambda line: line.badness, reverse=True)
+
     @property
     def failures(self):
-        """Lines of the treatment outside their bands, worst first."""
-        return sorted((line for line in self.treatment if line.used > 1), key=lambda line: -line.used)
+        return self.having('fail')
 
     @property
     def control_failures(self):
-        """Lines that show that the control fails: changes and distances more than their error outside their bands."""
+        """Lines that show that the control fails, over all sizes: changes and distances, if there are any."""
         lines = [line for line in self.control if line.band and line.quantity in ('change', 'distance')] or self.control
-        return [line for line in lines if line.band and not line.band.used(line.slope, -line.stderr) <= 1]
+        return [line for line in lines if line.band and not (
+            math.isfinite(line.slope) and not line.band.excludes(line.slope, OUTSIDE * line.stderr))]
 
     @property
-    def passed(self):
-        return not self.failures and (len(self.names) == 1 or bool(self.control_failures))
+    def reason(self):
+        """The first of REASONS that keeps the check from a verdict, or ''."""
+        found = {line.verdict for line in self.treatment}
+        if len(self.names) > 1 and not self.control_failures:
+            found.add('control')
+        return '' if self.failures else next((reason for reason in REASONS if reason in found), '')
+
+    @property
+    def verdict(self):
+        """PASS, FAIL or INCONCLUSIVE."""
+        return 'FAIL' if self.failures else 'INCONCLUSIVE' if self.reason else 'PASS'
 
     def __str__(self):
-        row = '{:<11}{:<14}{:<23}{:>4}{:>9}{:>16}{:>16} {:<5}{:>15} {}'.format
+        row = '{:<11}{:<14}{:<22}{:>4}{:>16}{:>15}{:>15} {:<11}{:>14} {}'.format
         treatment, control = (*self.names, '')[:2]
-        text = [self.title, row('quantity', 'of', 'worst line', 'step', 'expected', 'band', treatment, '', control, '')]
+        text = [self.title, row('quantity', 'of', 'worst line', 'step', 'band', treatment[:14], 'large end', '',
+                                control[:13], '')]
         worst, bands = {}, {}
-        for line in self.treatment:
-            key = line.quantity, line.group
-            if line.band and (key not in worst or line.used > worst[key].used):
-                worst[key] = line
+        for line in sorted(self.treatment, key=lambda line: line.badness):
+            if line.band:
+                worst[line.quantity, line.group] = line
         in_control = {line.key: line for line in self.control}
-        for line in worst.values():
+        for line in sorted(worst.values(), key=self.treatment.index):
             other = in_control.get(line.key)
             bands[line.band] = f'{line.band.low:+.2f} .. {line.band.high:+.2f}'
             text.append(row(
                 line.quantity, line.group, re.sub(r'^transformer\.|\.weight$', '', line.name), line.step,
-                f'{line.band.expected:g}', bands[line.band],
-                f'{line.slope:+.2f} ± {line.stderr:.2f}', 'FAIL' if line.used > 1 else 'pass',
+                bands[line.band], f'{line.slope:+.2f} ± {line.stderr:.2f}',
+                f'{line.end_slope:+.2f} ± {line.end_stderr:.2f}', line.verdict.replace('fail', 'FAIL'),
                 f'{other.slope:+.2f} ± {other.stderr:.2f}' if other else '',
-                'outside' if other and other.used > 1 else ''))
-        text += ['A band holds a slope plus and minus its standard error over the seeds:']
+                other.verdict.replace('pass', '') if other else ''))
+        text += ['The slope over all sizes, or at the large end, must be inside its band:']
         text += [f'    {shown}  {band.why}' for band, shown in bands.items()]
-        return '\n'.join(line.rstrip() for line in [*text, self.verdict()])
+        return '\n'.join(line.rstrip() for line in [*text, self.summary()])
 
-    def verdict(self):
+    def summary(self):
         """The last line of the table."""
         judged = sum(line.band is not None for line in self.treatment)
         treatment, control = (*self.names, '')[:2]
         if self.failures:
             worst = ', '.join(str(line) for line in self.failures[:3])
             return f'FAIL: {len(self.failures)} of {judged} slopes of {treatment} are outside their bands: {worst}'
-        if not self.passed:
-            return (f'FAIL: the control {control} passes, too, so this check proves nothing: use more sizes, more '
-                    'steps or a larger learning rate')
+        if self.reason:
+            lines = self.having(*REASONS)
+            which = (f'{len(lines)} of {judged} slopes of {treatment} decide nothing, such as {lines[0]}' if lines else
+                     f'the control {control} passes, too')
+            return 'INCONCLUSIVE: {}: {}; use {}'.format(which, *REASONS[self.reason])
         fails = f'; the control {control} fails in {len(self.control_failures)}' if control else '; no control ran'
         return f'PASS: all {judged} slopes of {treatment} are inside their bands{fails}'
 
@@ -337,7 +429,7 @@ class CoordinateReport:
     def plot_pair(self, panels, models, quantity, group):
         """Draw the layer that is worst in the treatment, for each of the models, {name: lines}, on a common scale."""
         layers = [line for line in self.treatment if (line.quantity, line.group) == (quantity, group)]
-        worst = max(layers, key=lambda line: line.used, default=None)
+        worst = max(layers, key=lambda line: line.badness, default=None)
         lines = {model: [line for line in found if worst and (line.quantity, line.group, line.name) ==
                          (quantity, group, worst.name)] for model, found in models.items()}
         values = np.array([value for found in lines.values() for line in found for value in line.values])
@@ -380,13 +472,13 @@ def write_slopes(path, reports):
     for name, report in reports.items():
         for model, lines in zip(report.names, (report.treatment, report.control)):
             for line in lines:
-                judged = dict(line.band._asdict(), verdict='fail' if line.used > 1 else 'pass') if line.band else {}
-                rows.append(line._asdict() | judged | dict(
-                    check=name, model=model, slope=f'{line.slope:.4f}', stderr=f'{line.stderr:.4f}',
+                slopes = {key: f'{getattr(line, key):.4f}' for key in ('slope', 'stderr', 'end_slope', 'end_stderr')}
+                rows.append(line._asdict() | (line.band._asdict() if line.band else {}) | slopes | dict(
+                    check=name, model=model,
                     sizes=' '.join(f'{size:g}' for size in report.sizes),
                     values=' '.join(f'{value:.5g}' for value in line.values)))
     write_csv(path, rows, ('check', 'model', 'quantity', 'group', 'step', 'name', 'where', 'slope', 'stderr',
-                           'expected', 'low', 'high', 'verdict', 'sizes', 'values'))
+                           'end_slope', 'end_stderr', 'expected', 'low', 'high', 'verdict', 'sizes', 'values'))
 
 
 def check(make, sizes, modules={}, parameters={}, blocks='', expected={}, control=None, seeds=3, steps=10,
@@ -407,7 +499,7 @@ def check(make, sizes, modules={}, parameters={}, blocks='', expected={}, contro
         raise UserError(f'sizes {list(sizes)} give no slope: use at least three different positive ones')
     if seeds < 2 or steps < 1:
         raise UserError(f'seeds={seeds} with steps={steps} is too few: use at least 2 seeds and 1 step')
-    bands = {pattern: around(band, 0.15, 'as asked for') if isinstance(band, int | float) else band
+    bands = {pattern: around(band, 'as asked for') if isinstance(band, int | float) else band
              for pattern, band in expected.items()}
     usual = {rf'activation \S+ (0|{steps}) .*': FLAT, rf'change \S+ (1|{steps}) .*': FLAT, r'distance \S+ 1 .*': LAZY}
     bands |= {pattern: band for pattern, band in usual.items() if pattern not in bands}

@@ -8,6 +8,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import coord_reliability
 import pytest
 import stress_faults
 import stress_hosts
@@ -73,7 +74,8 @@ def check_flags(script, arguments):
     else:
         config = {'coord_check.py': coord_check.CoordCheckConfig, 'sample.py': sample.SampleConfig,
                   'tests/stress_faults.py': stress_faults.StressConfig,
-                  'tests/stress_hosts.py': stress_hosts.HostsConfig}[script]
+                  'tests/stress_hosts.py': stress_hosts.HostsConfig,
+                  'tests/coord_reliability.py': coord_reliability.ReliabilityConfig}[script]
         config(**configure(config, arguments))
 
 
