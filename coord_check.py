@@ -148,14 +148,15 @@ def expected_slopes(axis, alpha, config, roles):
         block = "with alpha < 1 a block's own contribution falls with its lr; what it passes through does not"
         slopes |= {'(activation|change) logits .*': None,  # the final norm hides what depth does
                    '(activation|change) residual .* (lowest|highest)': None}  # only the last block is judged
+        at_start = around(-alpha, GRADIENT)
         if c.init_std * c.input_mult < 1:
             share = 0.5 - alpha  # slope of L random branches, each multiplied by m_L^-alpha
-            slopes |= {'activation residual 0 .*': around(0, SHARE, to=share),
-                       f'gradient {inside} .*': around(-alpha, SHARE, to=-alpha - share),
+            at_start = around(-alpha, SHARE, to=-alpha - share)
+            slopes |= {'(activation residual 0|change residual 1) .*': around(0, SHARE, to=share),
                        f'grad/eps {inside} .*': around(0, SHARE, to=-share)}
         slopes |= {f'(activation|change) (attention|mlp) (1|{c.steps}) .*':
                        FLAT if alpha == 1 else around(0, block, to=alpha - 1),
-                   **({} if c.zero_init_unembed else {f'gradient {inside} .*': around(-alpha, GRADIENT)}),
+                   **({} if c.zero_init_unembed else {f'gradient {inside} .*': at_start}),
                    'gradient .*': around(0, GRADIENT),
                    f'update {hidden} .*': around(in_blocks, UPDATE, tolerance=EXACT),
                    f'update {inside} .*': around(in_blocks, UPDATE)}

@@ -76,6 +76,7 @@ SETTINGS = {  # {name: (axes, keys)}; the parameterization is completep_supar un
     '30 steps':                 ('width,density', dict(steps=30, **SHORT)),
     '3 steps, small batch':     (ALL, dict(steps=3, batch_tokens=128, batch_size=2, **SHORT)),
     'density 1/2, multipliers 2': ('width,depth', dict(density=0.5, attn_mult=2.0, output_mult=2.0, **SHORT)),
+    "papers' init, few depths": ('depth', dict(parameterization='completep', depths='2,4,8,16', **PAPERS)),
     "papers' init, small base": ('width,depth', dict(**PAPERS, **SMALL)),
     'alpha 3/4':                ('depth', dict(parameterization='completep', alpha=0.75, depths='2,4,8,16')),
     'no decay, eps 1e-12':      (ALL, dict(weight_decay=0.0, eps=1e-12, beta2=0.999, **SHORT)),
