@@ -325,8 +325,8 @@ def test_the_docs_say_how_often_it_errs():
     found = rates(read_csv(ROOT / 'results' / 'coord_check' / 'reliability.csv'))
     text = ' '.join((ROOT / 'docs' / 'coord_check.md').read_text().split())
     assert reliability_sentence(found) in text, reliability_sentence(found)
-    short = (f"Of {found['right']} checks of right rules, in {found['settings']} settings, {found['false_fails']} ended "
-             f"with FAIL and {found['undecided']} with INCONCLUSIVE; of {found['faults']} with a planted fault "
+    short = (f"Of {found['right']} checks of right rules, in {found['settings']} settings, {found['false_fails']} "
+             f"ended with FAIL and {found['undecided']} with INCONCLUSIVE; of {found['faults']} with a planted fault "
              f"{found['false_passes']} ended with PASS.")
     assert short in ' '.join((ROOT / 'README.md').read_text().split()), short
     assert found['false_fails'] == found['false_passes'] == 0 and found['settings'] >= 24
