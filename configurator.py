@@ -36,7 +36,7 @@ def typed(key, value, types, where, axes=()):
         hint = f"did you mean '{near[0]}'?" if near else 'see --help for all keys'
         raise UserError(f"{where}: unknown key '{key}'; {hint}")
     expected = types[key]
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not expected:
         raise UserError(f'{where}: {key} must be {expected.__name__}, got {value!r} ({type(value).__name__})')

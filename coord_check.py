@@ -94,12 +94,14 @@ class CoordCheckConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         least = dict(seeds=2, steps=1, batch_tokens=1, batch_size=1, probe_tokens=1, learning_rate=1e-30,
-                     weight_decay=0, muon_mult=1e-6, eps=1e-38, grad_clip=0)
+                     init_std=1e-30, output_mult=1e-30, weight_decay=0, muon_mult=1e-6, eps=1e-38, grad_clip=0)
         choices = dict(optimizer=OPTIMIZERS, control=('', 'none', *PARAMETERIZATIONS), clip_norm=('plain', 'scaled'))
         require_values(self, least, below_one=('beta1', 'beta2'), choices=choices)
         require(self, 'clip_norm', self.grad_clip or self.clip_norm == 'plain', 'it does nothing without grad_clip')
         require(self, 'control', self.control != self.parameterization, 'it is what is checked, use another, or none')
-        for axis in self.axes.split(','):
+        axes = self.axes.split(',')
+        require(self, 'axes', len(set(axes)) == len(axes), 'it names an axis twice, leave one out')
+        for axis in axes:
             if axis not in AXES:
                 raise UserError(f"axis '{axis}' is not known: use {', '.join(AXES)}, several separated by commas")
 

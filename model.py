@@ -179,7 +179,7 @@ class GPTConfig:
             value = getattr(self, key)
             require(self, key, type(value) is int and 1 <= value < 2**63, 'use an integer of at least 1, below 2**63')
         require_values(self, choices=CHOICES, below_one=['dropout'], at_least=dict(
-            vocab_size=0, n_kv_head=0, base_n_kv_head=0, init_std=0, input_mult=0, attn_mult=0, output_mult=0))
+            vocab_size=0, n_kv_head=0, base_n_kv_head=0, init_std=0, input_mult=0, attn_mult=1e-6, output_mult=0))
         require(self, 'n_embd', self.n_embd % self.head_dim == 0, f'use a multiple of head_dim={self.head_dim}')
         require(self, 'n_kv_head', self.n_head % (self.n_kv_head or 1) == 0, f'use a divisor of n_head={self.n_head}')
         require(self, 'base_n_kv_head', self.n_kv_head or not self.base_n_kv_head, 'set n_kv_head, too')

@@ -30,6 +30,7 @@ from nanop.parallel import lost_contact, rank_and_world_size
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
 KEPT, STATE, CHECKSUMS = 2, 'state.json', 'checksums.json'
+NEEDED = ('step', 'tokens', 'best_val_loss', 'config', 'model_config', 'meta')  # in state.json
 FORMAT = 2  # in state.json; 1, or none: keys and values of n_kv_head in c_attn, other ALiBi slopes below 8 heads
 
 
@@ -46,7 +47,8 @@ def step_of(path):
 def find(out_dir, suffix=''):
     """The checkpoints of a run, newest first, whole or damaged; with suffix='.tmp' the half-written ones. Other names
     are the user's. out_dir='', a run that writes nothing, has none."""
-    paths = [path for path in Path(out_dir).glob('ckpt_*') if path.suffix == suffix] if out_dir else []
+    with explained(OSError, f"out_dir='{out_dir}' cannot be read"):
+        paths = [path for path in Path(out_dir).glob('ckpt_*') if path.suffix == suffix] if out_dir else []
     return sorted((path for path in paths if step_of(path) is not None), key=step_of, reverse=True)
 
 
@@ -72,7 +74,7 @@ class Writer(HuggingFaceStorageWriter):
         write_atomically(folder / STATE, json.dumps(self.state, indent=1).encode())
         sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
         write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
-        if self.final.exists():  # it was damaged, so the run went back before it and has come here again
+        if os.path.lexists(self.final):  # it was damaged, so the run went back before it and has come here again
             remove(self.final)
         os.rename(folder, self.final)
         flush_folder(self.final.parent)
@@ -137,16 +139,19 @@ def damage(path, names=None):
         changed = [name for name in names or sums if checksum(path / name) != sums[name]]
         if changed:
             return f"{', '.join(changed)} changed after it was written"
-        step = json.loads((path / STATE).read_text())['step']
-        return None if step == step_of(path) else f'it is of step {step}'
-    except (OSError, ValueError, KeyError) as error:
+        state = json.loads((path / STATE).read_text())
+        missing = [key for key in NEEDED if key not in state]
+        if missing or not any(name.endswith('.safetensors') for name in sums):
+            return f"it does not hold {', '.join(missing) or 'tensors'}"
+        return None if state['step'] == step_of(path) else f"it is of step {state['step']}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return first_line(error)
 
 
 def require_known(path, state):
     """Refuse a checkpoint whose tensors would mean something else now. Returns its state."""
     c = state['model_config']
-    few_heads = c.get('pos') == 'alibi' and c['n_embd'] // c['head_dim'] < 8
+    few_heads = c.get('pos') == 'alibi' and c['n_embd'] < 8 * c['head_dim']
     if state.get('format', 1) < 2 and (few_heads or c.get('n_kv_head')):
         what = 'other ALiBi slopes' if few_heads else 'the keys and values of n_kv_head stored with the queries'
         raise UserError(f"'{path}' was written by an earlier version, with {what}: use that version, or train anew")

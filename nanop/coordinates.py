@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from nanop import plots
-from nanop.errors import UserError
+from nanop.errors import UserError, explained
 from nanop.files import write_csv
 
 PROBE = -1  # loss_fn(PROBE) is the loss on the probe batch, loss_fn(0) that on the first training batch, and so on
@@ -39,7 +39,8 @@ def matching(patterns, named):
     """[(group, name)] of the names that a group's pattern matches; a pattern that matches none is an error."""
     found, names = [], [name for name, _ in named]
     for group, pattern in patterns.items():
-        hits = [(group, name) for name in names if re.fullmatch(pattern, name)]
+        with explained(re.error, f"'{pattern}' ({group}) is not a regular expression"):
+            hits = [(group, name) for name in names if re.fullmatch(pattern, name)]
         if not hits:
             some = ', '.join(map(repr, names[:6]))
             raise UserError(f"nothing is called '{pattern}' ({group}): the names are {some}, ..; give the module "
@@ -49,7 +50,10 @@ def matching(patterns, named):
 
 
 def first_of(output):
-    return output[0] if isinstance(output, tuple) else output
+    first = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(first, torch.Tensor):
+        raise UserError(f'a module returns {type(first).__name__}, not a tensor: name modules that return one')
+    return first
 
 
 def record_calls(model, patterns):
@@ -116,6 +120,8 @@ def measure_coordinates(make, size, seed, modules, parameters, blocks, steps):
 
     def losses(step):
         loss = loss_fn(step)
+        if loss is None or isinstance(loss, float | int):
+            raise UserError(f'loss_fn({step}) returns {loss!r}: return the loss as a tensor, without .item()')
         return [loss] if isinstance(loss, torch.Tensor) else loss
 
     model.eval()

@@ -37,8 +37,12 @@ def import_optional(module, needed_by, package=''):
     """The module called `module`, of a package that nanoP runs without; `package` is its name for pip if it differs."""
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f'{needed_by} needs {package or module}: pip install {package or module}') from None
+    except ModuleNotFoundError as error:
+        package = package or module if (error.name or module).startswith(module) else error.name
+        raise UserError(f'{needed_by} needs {package}: pip install {package}') from None
+    except Exception as error:  # whatever a broken installation raises
+        raise UserError(f'{needed_by} needs {package or module}, which cannot be imported ({first_line(error)}): '
+                        'install it again') from None
 
 
 def require(config, key, ok, use):

@@ -49,8 +49,8 @@ def checksum(path):
 
 
 def remove(path):
-    """Remove a file or a whole folder."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove a file, a whole folder, or a link but not what it leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def make_out_dir(path):

@@ -143,9 +143,13 @@ class RunFolder:
             self.log = Metrics(self.out_dir, first_step, steps)
             if config.wandb_log:
                 wandb = import_optional('wandb', 'wandb_log=True')
-                self.log.wandb = self.log.to_wandb(
-                    wandb.init, project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
-                    config=asdict(config))
+
+                def init():
+                    run = wandb.init(project=config.wandb_project, config=asdict(config),
+                                     name=config.wandb_run_name or config.out_dir)
+                    assert run is not None, 'init() returned no run'
+                    return run
+                self.log.wandb = self.log.to_wandb(init)
 
         def begin_on_rank_0():
             self.checkpoints.clean(first_step)
@@ -169,6 +173,8 @@ class RunFolder:
         self.begin_now()
         if self.writes and self.checkpoints.writing and self.checkpoints.writing.done():
             self.checkpoints.wait()
+        if self.log and row['step'] == self.log.first_step:
+            row = self.log.validated | row
         if self.log and len(row) > 2:
             self.log.write(row)
 

@@ -98,6 +98,7 @@ class Metrics:
 
     def __init__(self, out_dir, first_step, steps):
         self.steps, self.out_dir = steps, Path(out_dir)
+        self.first_step, self.validated = first_step, {}  # what an earlier end at this step has measured
         self.file = self.wandb = None  # metrics.csv; a run of Weights & Biases
         self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
                         disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
@@ -108,9 +109,14 @@ class Metrics:
         with self.writing():
             try:
                 rows = read_metrics(self.out_dir) if first_step else []
+                steps = [int(row['step']) for row in rows if int(row['tokens']) >= 0]
+                for row in rows:
+                    [float(row[key] or 0) for key in FIELDS[2:]]
+                if first_step and path.exists() and not rows or steps != sorted(steps):
+                    raise ValueError('its rows are not in the order of their steps')
                 kept = [row for row in rows if int(row['step']) < first_step]
-                if first_step and path.exists() and not rows:
-                    raise ValueError('no rows')
+                self.validated = next(({key: float(row[key]) for key in ('val_loss', 'bits_per_byte')} for row in rows
+                                       if int(row['step']) == first_step and row['val_loss']), {})
             except (ValueError, KeyError, csv.Error) as error:  # edited by hand, or by a spreadsheet
                 asides = (path.with_name(f'metrics-old-{number}.csv') for number in itertools.count(1))
                 aside = next(each for each in asides if not each.exists())
@@ -130,7 +136,7 @@ class Metrics:
         """Call a function of Weights & Biases. What it raises ends only the logging there, with a warning."""
         try:
             return action(*arguments, **options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.wandb = None
             print(f'warning: Weights & Biases failed ({first_line(error)}); going on without it', file=sys.stderr)
 

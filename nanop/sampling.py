@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from nanop.errors import UserError
 from nanop.tokenizer import prompt_ids
 
-COLDEST = 1e-30  # a lower temperature would overflow; its samples are the same
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures beyond would overflow; their samples are the same
 
 
 class KeyValueCache:
@@ -50,7 +50,7 @@ def stream(model, ids, max_new_tokens, temperature=1.0, top_k=None, generator=No
         if temperature == 0:
             new = logits.argmax(dim=-1, keepdim=True)
         else:
-            scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
+            scaled = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, COLDEST), HOTTEST)
             new = torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=generator)
         ids = torch.cat((ids, new), dim=1)
         yield new

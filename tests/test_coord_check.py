@@ -781,3 +781,31 @@ def test_bad_input_is_one_line(data_dir, tmp_path, monkeypatch, changes, message
     with pytest.raises(UserError, match=re.escape(message)) as error:
         main()
     assert '\n' not in str(error.value)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return dict(hidden=self.linear(x))
+
+
+@pytest.mark.parametrize('modules, loss, message', [
+    (dict(all=''), lambda y: y.sum(), 'a module returns dict, not a tensor'),
+    (dict(h='linear'), lambda y: y.sum().item(), 'return the loss as a tensor, without .item'),
+    (dict(h='linear'), lambda y: None, r'loss_fn\(-1\) returns None'),
+    (dict(h='(linear'), lambda y: y.sum(), "'.linear' .h. is not a regular expression")])
+def test_what_cannot_be_measured_is_said(modules, loss, message):
+    def make(size):
+        model = Pair()
+        return model, torch.optim.SGD(model.parameters(), 0.1), lambda step: loss(model(torch.ones(2, 4))['hidden'])
+    with pytest.raises(UserError, match=message):
+        check(make, [1, 2, 4], modules=modules)
+
+
+@pytest.mark.parametrize('key, value', [('init_std', 0.0), ('output_mult', 0.0), ('axes', 'width,width')])
+def test_values_that_cannot_be_checked(key, value):
+    with pytest.raises(UserError, match=f'{key}=.{{1,15}} is not allowed'):
+        CoordCheckConfig(**{key: value})

@@ -412,6 +412,40 @@ def test_weights_that_would_mean_something_else_now_are_refused(tiny, keys, mess
             read(tiny.out_dir)
 
 
+@pytest.mark.parametrize('content', ['[]', '"x"', 'null', '{"step": 8}', '[' * 100_000, None])
+def test_a_checkpoint_that_holds_too_little_is_passed_over(tiny, capsys, content):
+    train(tiny)
+    path = checkpoint.newest(tiny.out_dir)[0]
+    if content is None:
+        next(path.glob('*.safetensors')).unlink()
+    else:
+        (path / 'state.json').write_text(content)
+    sums = {file.name: checkpoint.checksum(file) for file in path.iterdir() if file.name != 'checksums.json'}
+    (path / 'checksums.json').write_text(json.dumps(sums))
+    assert checkpoint.newest(tiny.out_dir)[0].name == 'ckpt_000000004'
+    assert 'ckpt_000000008 is damaged' in capsys.readouterr().err
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tiny, tmp_path):
+    train(tiny)
+    older, theirs = Path(tiny.out_dir, 'ckpt_000000004'), tmp_path / 'elsewhere'
+    shutil.move(older, theirs)
+    older.symlink_to(theirs)
+    Path(tiny.out_dir, 'ckpt_000000012').symlink_to(tmp_path / 'nonesuch')
+    Path(tiny.out_dir, 'ckpt_000000016.tmp').symlink_to(theirs)
+    train(replace(tiny, init_from='resume', max_iters=16))
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000016', 'ckpt_000000012'] and not older.is_symlink()
+    older.symlink_to(theirs)
+    train(replace(tiny, overwrite=True, max_iters=4))
+    assert names(checkpoint.find(tiny.out_dir)) == ['ckpt_000000004'] and (theirs / 'state.json').exists()
+
+
+def test_an_out_dir_whose_name_is_too_long(tiny):
+    for init_from in ('auto', 'resume', 'scratch'):
+        with pytest.raises(UserError, match="out_dir='x*' cannot be (read|written)"):
+            train_module.train(train_module.read_config([f"--out_dir={'x' * 300}", f'--init_from={init_from}']))
+
+
 def test_checkpoints_are_ordered_by_step(tmp_path):
     steps = [5, 999_999_999, 1_000_000_000, 20_000_000_000]
     for step in steps:
@@ -444,7 +478,9 @@ def test_other_data_in_the_same_folder_is_an_error_unless_asked(tiny, tmp_path, 
 
 @pytest.mark.parametrize('content', [
     b'', b'\n', b'step;tokens;loss\n1;2;3\n', b'a,b\n1,2\n', b'step,tokens,loss\n1.0,128,3\n', b'step,tokens\n,\n',
-    b'\xff\xfes\x00t\x00', b'\x00' * 64, 'step,tokens\n¼,128\n'.encode(), b'step,tokens\n"1,128\n'])
+    b'\xff\xfes\x00t\x00', b'\x00' * 64, b'step,tokens,loss\n1,6.4e2,3\n',
+    b'step,tokens,loss,val_loss\n1,128,3,good\n', b'step,token,loss\n1,128,3\n',
+    b'step,tokens,loss\n2,256,3\n1,128,3\n', 'step,tokens\n¼,128\n'.encode(), b'step,tokens\n"1,128\n'])
 def test_metrics_that_cannot_be_read_do_not_block_a_resume(tiny, content, capsys):
     train(tiny)
     path = Path(tiny.out_dir, 'metrics.csv')
@@ -453,6 +489,15 @@ def test_metrics_that_cannot_be_read_do_not_block_a_resume(tiny, content, capsys
     assert [int(row['step']) for row in run_log.read_metrics(tiny.out_dir)] == [8, 9, 10, 11, 12]
     aside = Path(tiny.out_dir, 'metrics-old-1.csv')
     assert aside.read_bytes() == content and f'it is {aside} now' in capsys.readouterr().err
+
+
+def test_a_validation_at_an_earlier_end_is_kept(tiny):
+    """The run goes on from a step at which the longer run would not validate."""
+    train(replace(tiny, max_iters=7, eval_interval=5))
+    last = run_log.read_metrics(tiny.out_dir)[-1]
+    train(replace(tiny, max_iters=12, eval_interval=5, init_from='resume'))
+    rows = {row['step']: row for row in run_log.read_metrics(tiny.out_dir)}
+    assert rows['7']['val_loss'] == last['val_loss'] and rows['7']['loss'] and len(rows) == 13
 
 
 def test_metrics_that_a_spreadsheet_saved_are_kept(tiny):

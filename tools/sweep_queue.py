@@ -294,7 +294,7 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
     has_heartbeat, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
     with storage_errors_explained():
         require_data(study, sweep, sweep.configs)
-        while not parent or parent.is_alive():
+        while not stopped and (not parent or parent.is_alive()):
             requeue_stale_trials(study, config.heartbeat_s)
             if run_next(study, sweep):
                 after_each()
@@ -304,14 +304,21 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
                 return
 
 
+stopped = []  # signals that came: a KeyboardInterrupt inside a destructor or a callback from C is lost
+
+
 @contextlib.contextmanager
 def stoppable():
-    """While entered, every signal that stops a run is a KeyboardInterrupt, as Ctrl-C is."""
+    """While entered, every signal that stops a run is a KeyboardInterrupt, as Ctrl-C is, at the latest in the end."""
     def stop(number, frame):
+        stopped.append(number)
         raise KeyboardInterrupt
+    stopped.clear()
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
+        if stopped:
+            raise KeyboardInterrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -370,14 +377,15 @@ def run_workers(study, sweep, overrides, costs, keep):
         signal.signal(signal.SIGINT, on_ctrl_c)
         try:
             for worker in workers:
-                while worker.is_alive():
+                while worker.is_alive() and not stopped:
                     worker.join(timeout=1)
                     show()
         finally:
             for worker in workers:
                 worker.terminate()
             for worker in workers:
-                worker.join()
+                worker.join(timeout=30)
+                worker.kill()  # if it did not hear
 
 
 def finished_trials(study, sweep):
