@@ -7,15 +7,17 @@ anything else must be UTF-8. The name says only whether it holds rows (.jsonl, .
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import os
 import re
+import shutil
 import sys
+import tempfile
 import zlib
 from contextlib import contextmanager
-from glob import glob
-from io import TextIOWrapper
+from glob import escape, glob, has_magic
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +32,14 @@ JSON_LINES = ('.jsonl', '.ndjson', '.json')
 COMPRESSED = ('.gz', '.bz2', '.xz', '.lzma')
 NO_FILES = 'broken links, pipes and devices left out'
 JUNK = ('__pycache__', '__MACOSX')
+BY_NAME = 'left out (read if given by name)'
+HIDDEN = f"hidden files and folders, {' and '.join(JUNK)} {BY_NAME}"
+SEPARATOR = f'[{re.escape(os.sep + (os.altsep or ""))}]'  # of the names in a path
 SEPARATORS = 'separators that ended a document'
 END_OF_TEXT = '<|endoftext|>'
-UNPACK = {rb'\x1f\x8b': gzip.open, rb'BZh[1-9](1AY&SY|\x17rE8P\x90)': bz2.open, rb'\xfd7zXZ\0|\]\0\0': lzma.open}
 ENCODINGS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
              codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}  # the first match: UTF-16's begin UTF-32's
+DAMAGED = 'it may be damaged, get it again or leave it out'
 LOOKS_LIKE = {rb'PK(\x03\x04|\x05\x06)': 'a zip archive (.docx and .epub are zip archives)', rb'%PDF-': 'a PDF',
               rb'(?s).{257}ustar': 'a tar archive', rb'\x28\xb5\x2f\xfd': 'zstd', rb'7z\xbc\xaf': 'a 7z archive',
               rb'Rar!\x1a': 'a rar archive', rb'\x04\x22\x4d\x18': 'lz4',
@@ -47,16 +52,30 @@ LOOKS_LIKE = {rb'PK(\x03\x04|\x05\x06)': 'a zip archive (.docx and .epub are zip
 class Notes(dict):
     """What was left out or replaced: {what: [how often, an example]}."""
 
+    def __init__(self):
+        super().__init__()
+        self.read, self.left_out = set(), {}  # files with their folders; {place: (what, path)}
+
     def add(self, what, example, count=1):
         if count:
             self.setdefault(what, [0, example])[0] += count
+
+    def leave_out(self, what, path):
+        """Count what a search passes, once for each place. What is read all the same is not counted in the end."""
+        self.left_out.setdefault(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)),
+                                 (what, path))
 
     def update(self, other):
         for what, (count, example) in other.items():
             self.add(what, example, count)
 
     def lines(self):
-        return [f'{what}: {count:,} (such as {example})' for what, (count, example) in self.items()]
+        total = Notes()
+        total.update(self)
+        for what, path in self.left_out.values():
+            if not (BY_NAME in what and os.path.realpath(path) in self.read):
+                total.add(what, repr(path))
+        return [f'{what}: {count:,} (such as {example})' for what, (count, example) in total.items()]
 
     def say(self):
         for line in self.lines():
@@ -89,8 +108,9 @@ def identity(path):
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
-def files_below(folder, notes):
-    """Yield the files in a folder and its subfolders. Linked folders are searched too, unless they would loop."""
+def folders_below(folder, notes):
+    """Yield (path, names of files) of a folder and its subfolders. Linked ones are searched too, unless they would
+    loop."""
     def refuse(error):
         raise UserError(f'{error.filename!r} cannot be read ({first_line(error)}): leave it out')
     searched = set()
@@ -98,41 +118,72 @@ def files_below(folder, notes):
         here, parent = os.path.realpath(path), Path(os.path.realpath(os.path.dirname(path)))
         loops = path != folder and Path(here) in (parent, *parent.parents)  # a link to a folder that it is in
         if loops or here in searched:
-            notes.add('links to folders that are searched anyway left out', repr(path))
+            notes.leave_out('links to folders that are searched anyway left out', path)
             folders.clear()
             continue
         searched.add(here)
         hidden = {name for name in folders + names if name.startswith('.') or name in JUNK}
-        notes.add(f"hidden files and folders, {' and '.join(JUNK)} left out (read if given by name)",
-                  hidden and repr(os.path.join(path, min(hidden))), len(hidden))
+        for name in sorted(hidden):
+            notes.leave_out(HIDDEN, os.path.join(path, name))
         folders[:] = sorted(set(folders) - hidden)
-        for name in sorted(set(names) - hidden):
-            file = os.path.join(path, name)
-            if not os.path.isfile(file):
-                notes.add(NO_FILES, repr(file))
-            elif kind(file) in SUFFIXES:
-                yield file
+        yield path, sorted(set(names) - hidden)
+
+
+def files_below(folder, notes):
+    """Yield the files in a folder and its subfolders."""
+    for file in (os.path.join(path, name) for path, names in folders_below(folder, notes) for name in names):
+        if not os.path.isfile(file):
+            notes.leave_out(NO_FILES, file)
+        elif kind(file) in SUFFIXES:
+            yield file
+        else:
+            notes.leave_out(f'files with other suffixes in folders {BY_NAME}', file)
+
+
+def expanded(pattern, notes):
+    """Yield the paths that a glob pattern stands for. glob() itself would follow links that loop under ** forever."""
+    before, *after = re.split(f'(?:^|(?<={SEPARATOR}))\\*\\*(?:$|{SEPARATOR}+)', pattern, maxsplit=1)
+    if not after:
+        for path in glob(pattern):
+            if any(name in JUNK and has_magic(part) for name, part in zip(Path(path).parts, Path(pattern).parts)):
+                notes.leave_out(HIDDEN, path)
             else:
-                notes.add('files with other suffixes in folders left out (read if given by name)', repr(file))
+                yield path
+        return
+    for folder in filter(os.path.isdir, glob(before or os.curdir)):
+        if not after[0] and not pattern.endswith('**'):  # folders only
+            yield folder
+            continue
+        for path, names in folders_below(folder, notes):
+            if after[0]:
+                yield from expanded(os.path.join(escape(path), after[0]), notes)
+            else:
+                yield from (os.path.join(path, name) for name in names)
 
 
 def matches(pattern, notes):
     """The files that a path, a folder or a glob pattern stands for, sorted."""
-    named, in_folders, left_out = [], [], Notes()
-    for path in [pattern] if os.path.exists(pattern) else glob(pattern, recursive=True):
+    files, left_out = set(), Notes()
+    for path in [pattern] if os.path.exists(pattern) else expanded(pattern, left_out):
         if os.path.isdir(path):
-            in_folders += files_below(path, left_out)
+            files.update(files_below(path, left_out))
         elif os.path.isfile(path):
-            named.append(path)
+            files.add(path)
         elif path == pattern:
             raise UserError(f'{path!r} is a broken link, a pipe or a device: use a file or a folder')
         else:
-            left_out.add(NO_FILES, repr(path))
-    if not named + in_folders:
+            left_out.leave_out(NO_FILES, path)
+    if not files:
+        file = re.sub(f'{SEPARATOR}+$', '', pattern)
+        if os.path.isfile(file):
+            raise UserError(f'{pattern!r} matches no file, {file!r} is a file and no folder: leave out the last '
+                            f'{pattern[-1]!r}')
         searched = f"folders are searched for {', '.join(SUFFIXES)}, also packed as {', '.join(COMPRESSED)}"
         raise UserError(f"{pattern!r} matches no file ({'; '.join([searched, *left_out.lines()])})")
-    notes.update(left_out)
-    return sorted({*named, *in_folders})
+    notes.left_out |= left_out.left_out
+    notes.read.update(os.path.realpath(path) for path in files)
+    notes.read.update([os.path.dirname(path) for path in notes.read])
+    return sorted(files)
 
 
 def find_files(patterns, notes):
@@ -151,7 +202,7 @@ def find_files(patterns, notes):
 # Reading bytes as text
 
 REPLACE = 'replace and count'  # the name of an error handler
-REPLACED = 'characters that were not UTF-8, replaced by U+FFFD'
+HALVES = 'halves of surrogate pairs replaced by U+FFFD'
 replaced = 0  # sequences of bytes so far, in all files, that were not characters
 
 
@@ -170,13 +221,60 @@ def decoded(decode, *args):
     return decode(*args), replaced - before
 
 
-def refuse_unless_text(where, characters, bad, nul):
+def count_replaced(notes, where, bad, encoding='UTF-8'):
+    notes.add(f'characters that were not {encoding}, replaced by U+FFFD', where, bad)
+
+
+def refuse_unless_text(where, characters, bad, nul, encoding='UTF-8'):
     """Refuse text with too many of its characters replaced or NUL."""
     if ONE_IN * (bad + nul) > characters:
-        guess = ('UTF-16 without a byte-order mark (iconv -f utf-16le -t utf-8 converts it) or is no text' if nul else
-                 'another encoding, perhaps Latin-1 (iconv -f latin1 -t utf-8 converts it)')
-        raise UserError(f'{where} is not text in UTF-8 (of {characters:,} characters {bad:,} are wrong and {nul:,} '
-                        f'NUL, one in {ONE_IN:,} is allowed): it looks like {guess}')
+        guess = ('damaged, or its byte-order mark is wrong' if encoding != 'UTF-8' else
+                 'like UTF-16 without a byte-order mark (iconv -f utf-16le -t utf-8 converts it) or no text' if nul else
+                 'like another encoding, perhaps Latin-1 (iconv -f latin1 -t utf-8 converts it)')
+        raise UserError(f'{where} is not text in {encoding} (of {characters:,} characters {bad:,} are wrong and '
+                        f'{nul:,} NUL, one in {ONE_IN:,} is allowed): it looks {guess}')
+
+
+class Streams(io.RawIOBase):
+    """The content of packed streams, one after the other. bz2.open and lzma.open drop damaged ones after the first."""
+
+    def __init__(self, file, decompressor):
+        self.file, self.decompressor, self.stream = file, decompressor, decompressor()
+
+    def readable(self):
+        return True
+
+    def next_stream(self):
+        """Begin the next stream and return its first bytes; none at the end."""
+        data, zeros = self.stream.unused_data, 0
+        while data or (data := self.file.read(PIECE_CHARS)):
+            zeros += len(data) - len(data := data.lstrip(b'\0'))
+            if data:
+                break
+        if zeros % 4 or zeros and self.decompressor is not lzma.LZMADecompressor:  # which may be padded
+            raise OSError('zeros follow what was packed')
+        self.stream = self.decompressor() if data else self.stream
+        return data
+
+    def readinto(self, buffer):
+        content = b''
+        while not content:
+            if self.stream.eof:
+                data = self.next_stream()
+                if not data:
+                    break
+            else:
+                data = self.file.read(PIECE_CHARS) if self.stream.needs_input else b''
+                if self.stream.needs_input and not data:
+                    raise EOFError('it ends too early')
+            content = self.stream.decompress(data, len(buffer))
+        buffer[:len(content)] = content
+        return len(content)
+
+
+UNPACK = {rb'\x1f\x8b': gzip.open,
+          rb'BZh[1-9](1AY&SY|\x17rE8P\x90)': lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
+          rb'\xfd7zXZ\0|\]\0\0': lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor))}
 
 
 @contextmanager
@@ -193,7 +291,8 @@ def unpacked(path):
             return
         with unpack(file) as inner:
             start = inner.read(512)
-            inner.seek(0)
+        file.seek(0)
+        with unpack(file) as inner:
             yield inner, start
 
 
@@ -204,12 +303,13 @@ def chunks(path, notes):
             if re.match(magic, start):
                 raise UserError(f'{path!r} looks like {what}: unpack it, convert it to text or leave it out')
         encoding = next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), 'utf-8')
-        text, totals = TextIOWrapper(file, encoding, REPLACE, newline=''), np.zeros(3, np.int64)
+        name = encoding.upper().removesuffix('-SIG')
+        text, totals = io.TextIOWrapper(file, encoding, REPLACE, newline=''), np.zeros(3, np.int64)
         while (found := decoded(text.read, PIECE_CHARS))[0]:
             chunk, bad = found
             totals += len(chunk), bad, chunk.count('\0')
-            refuse_unless_text(repr(path), *totals)
-            notes.add(REPLACED, repr(path), bad)
+            refuse_unless_text(repr(path), *totals, name)
+            count_replaced(notes, repr(path), bad, name)
             yield chunk
 
 
@@ -218,12 +318,13 @@ def as_text(value, column, where, notes):
     if isinstance(value, bytes):
         value, bad = decoded(value.decode, 'utf-8', REPLACE)
         refuse_unless_text(f'{where}: the value under {column!r}', len(value), bad, value.count('\0'))
-        notes.add(REPLACED, where, bad)
+        count_replaced(notes, where, bad)
         return value
     if isinstance(value, str):
+        refuse_unless_text(f'{where}: the value under {column!r}', len(value), 0, value.count('\0'))
         if not value.isascii():
             value, halves = re.subn(r'[\ud800-\udfff]', '\ufffd', value)
-            notes.add('halves of surrogate pairs replaced by U+FFFD', where, halves)
+            notes.add(HALVES, where, halves)
         return value
     if value is not None:
         raise UserError(f'{where}: {column!r} holds a value of type {type(value).__name__}, not text: use a '
@@ -246,32 +347,47 @@ def lines(path, notes):
     yield rest
 
 
+JSON = json.JSONDecoder(parse_int=lambda digits: 0)  # of a number only the type counts, it may be of any length
+
+
+def holds(names):
+    """The names of columns, shortened, for an error."""
+    more = f' and {len(names) - 10:,} more' if len(names) > 10 else ''
+    return '(it holds ' + (', '.join(repr(name[:60]) for name in names[:10]) or 'nothing') + more + ')'
+
+
 def json_values(path, column, notes):
     """Yield (line number, value) of one column in a file of JSON objects, one a line."""
     for number, line in enumerate(lines(path, notes), 1):
         if line.strip():
             where, use = f'{path!r}, line {number}: no text under {column!r}', 'write one object a line, as .jsonl'
             try:
-                row = json.loads(line)
+                row = JSON.decode(line)
             except (ValueError, RecursionError) as error:  # explained() would cost every line
                 raise UserError(f'{where} ({first_line(error)}): {use}') from None
             if not isinstance(row, dict):
                 raise UserError(f'{where} (it holds a {type(row).__name__}): {use}')
             if column not in row:
-                raise UserError(f"{where} (it holds {', '.join(map(repr, row)) or 'nothing'}): name the column with "
-                                '--column')
+                raise UserError(f'{where} {holds(list(row))}: name the column with --column')
             yield number, row[column]
 
 
 def parquet_values(path, column):
     """Yield (row number, value) of one column in a parquet file."""
     pyarrow, parquet = (import_optional(name, repr(path), 'pyarrow') for name in ('pyarrow', 'pyarrow.parquet'))
-    with explained((UnicodeError, pyarrow.ArrowException), f'{path!r} cannot be read'), unpacked(path) as (file, _):
-        table = parquet.ParquetFile(file)
+    with explained((UnicodeError, pyarrow.ArrowException), f'{path!r} cannot be read', DAMAGED), \
+            unpacked(path) as (file, _), tempfile.TemporaryFile() as copy:
+        if not file.seekable():
+            shutil.copyfileobj(file, copy)
+        table = parquet.ParquetFile(file if file.seekable() else copy)
         names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(f"{path!r}: no text under {column!r} (it holds {', '.join(map(repr, names))}): name the "
-                            'column with --column')
+        if names.count(column) != 1:
+            problem = 'more than one column' if column in names else f'no text under {column!r}'
+            raise UserError(f'{path!r}: {problem} {holds(names)}: name the column with --column')
+        type_ = table.schema_arrow.field(column).type
+        values_are = str(getattr(type_, 'value_type', type_))  # in a dictionary
+        if type_.num_fields or not re.match('(large_)?(string|binary)|fixed_size_binary|null', values_are):
+            raise UserError(f'{path!r}: {column!r} holds {str(type_)[:60]}, not text: use a column of text')
         values = (value for batch in table.iter_batches(batch_size=256, columns=[column])
                   for value in batch.column(column).to_pylist())
         yield from enumerate(values, 1)
@@ -306,19 +422,25 @@ def pieces(texts, separator='', where='', notes=None):
 
 def row_pieces(path, column, separator, notes):
     """Yield (text, ends_document) for the rows of a file."""
+    characters, before = 0, notes.get(HALVES, [0])[0]
     unit = 'row' if kind(path) == '.parquet' else 'line'
     for number, value in parquet_values(path, column) if unit == 'row' else json_values(path, column, notes):
         where = f'{path!r}, {unit} {number}'
         text = as_text(value, column, where, notes)
         if text is not None:
+            characters += len(text)
             yield from pieces([text], separator, where, notes)
+    halves = notes.get(HALVES, [0])[0] - before
+    if ONE_IN * halves > characters:
+        raise UserError(f'{path!r} is not text (of {characters:,} characters {halves:,} are halves of surrogate pairs, '
+                        f'one in {ONE_IN:,} is allowed): write whole characters, or leave it out')
 
 
 def documents(files, column, separator, notes):
     """Yield (split, text, ends_document) for every file of {path: split}."""
     for path, split in files.items():
         with explained((OSError, EOFError, zlib.error, lzma.LZMAError), f'{path!r} cannot be read',
-                       'it may be damaged, get it again or leave it out'):
+                       DAMAGED):
             parts = (row_pieces(path, column, separator, notes) if holds_rows(path) else
                      pieces(chunks(path, notes), separator, repr(path), notes))
             for text, ends in parts:

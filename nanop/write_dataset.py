@@ -157,17 +157,21 @@ def temporary_files(folder):
     An error of the file system in here becomes a UserError.
     """
     folder = Path(folder)
+    there = next(filter(os.path.lexists, (folder, *folder.parents)), folder)
+    if os.path.lexists(there) and not os.path.isdir(there):
+        what = 'is a file' if os.path.isfile(there) else 'is no folder'
+        raise UserError(f'{str(folder)!r} cannot be written ({str(there)!r} {what}): name a folder with --out')
     try:
         with signals_raise(), explained(OSError, f'{str(folder)!r} cannot be written',
                                         'make room on the disk, or use another folder with --out'):
             folder.mkdir(parents=True, exist_ok=True)
             yield {split: folder / f'{split}.tmp.{os.getpid()}' for split in ('train', 'val')}
     finally:
-        for name in ('train', 'val', 'meta') if folder.is_dir() else ():
+        for name in ('train', 'val', 'meta') if os.path.isdir(folder) else ():
             (folder / f'{name}.tmp.{os.getpid()}').unlink(missing_ok=True)
 
 
-def finish_dataset(folder, paths, tokenizer, source, sha256):
+def finish_dataset(folder, paths, tokenizer, source, sha256, notes):
     """Make the finished files `paths` the dataset in `folder`, and return its meta. An empty split is refused."""
     dtype, real = id_dtype(tokenizer), tokenizer.vocab_size
     tokens = {split: os.path.getsize(path) // dtype.itemsize for split, path in paths.items()}
@@ -175,7 +179,8 @@ def finish_dataset(folder, paths, tokenizer, source, sha256):
     counts = {split: count_bytes(path, tokenizer, data_sha256) for split, path in paths.items()}
     for split, count in counts.items():
         if not count:
-            raise UserError(f'no text for {split}.bin in {source}: use more text or another split')
+            why = f" ({'; '.join(notes.lines())})" if notes.lines() else ''
+            raise UserError(f'no text for {split}.bin in {source}{why}: use more text or another split')
     padded = real if real <= 1024 else -(-real // 64) * 64  # matrix products are faster at a multiple of 64
     meta = dict(
         tokenizer=tokenizer.name, dtype=dtype.name, vocab_size=padded, real_vocab_size=real,
@@ -198,7 +203,7 @@ def finish_dataset(folder, paths, tokenizer, source, sha256):
     return meta
 
 
-def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_chars=None, workers=None):
+def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_chars=None, workers=None, notes=Notes()):
     """Make `folder` a dataset of (split, text, ends_document) triples and return its meta.
 
     If this stops or fails, the folder holds a whole dataset or none. val_frac moves that part, the last tokens, to val.
@@ -207,7 +212,7 @@ def write_dataset(folder, documents, tokenizer, source, val_frac=0.0, total_char
         sha256 = write_tokens(documents, tokenizer, paths, workers or os.cpu_count(), 'tokenizing', total_chars)
         if val_frac:
             move_tail(paths['train'], paths['val'], val_frac, id_dtype(tokenizer).itemsize)
-        return finish_dataset(folder, paths, tokenizer, source, sha256)
+        return finish_dataset(folder, paths, tokenizer, source, sha256, notes)
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +294,7 @@ def write_parquet(folder, repo, revision, pattern, argv=None, val_every=2000):
                             shutil.copyfileobj(file, out)
             sha256 = hashlib.sha256(''.join(sha256 for _, sha256, _ in shards).encode()).hexdigest()
             source = f'{args.input or f"{repo}@{revision}"} ({len(files)} files)'
-            meta = finish_dataset(args.out, merged, tokenizer, source, sha256)
+            meta = finish_dataset(args.out, merged, tokenizer, source, sha256, notes)
             for paths, _, _ in shards:
                 for path in (*paths.values(), paths['train'].with_suffix('.json')):
                     path.unlink()

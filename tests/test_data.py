@@ -372,6 +372,32 @@ def test_what_folders_leave_out_is_said(tmp_path, prepare_text, monkeypatch):
         assert sorted(''.join(texts).split()) == ['a', 'b', 'c', 'd'], folder
 
 
+@pytest.mark.parametrize('pattern, read', [
+    ('corpus/**/*.txt', 'abcf'), ('**/*.txt', 'abcf'), ('corpus/**/sub/**/*.txt', 'bc'), ('corpus/**/', 'abcf'),
+    ('corpus/**', 'abcdf'), ('corpus/**/*', 'abcdf'), ('corpus/*/*.txt', 'bf'), ('co*/**/__pycache__/*', 'e'),
+    ('corpus/**/.h/*', 'h'), ('corpus/**/[[]1]/*', 'f'), ('corpus/sub/loop/**/*.txt', 'abcf')])
+def test_globs_search_as_folders_are_searched(tmp_path, prepare_text, pattern, read):
+    """Links that loop end, each file is read once, hidden files and junk are left out unless the pattern names them."""
+    for name in ('a.txt', 'sub/b.txt', 'sub/deep/c.txt', 'd.csv', '__pycache__/e.txt', '[1]/f.txt', '.h/h.txt'):
+        (tmp_path / 'corpus' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'corpus' / name).write_text(Path(name).stem * 2)
+    for i in range(9):  # 9 ** 40 ways
+        (tmp_path / 'corpus' / 'sub' / 'deep' / f'loop{i}').symlink_to('../..')
+    (tmp_path / 'corpus' / 'sub' / 'loop').symlink_to('..')
+    train, val, _ = prepare_text(pattern)
+    assert sorted(train + val) == sorted(read * 2)
+
+
+def test_what_another_pattern_reads_is_not_left_out(tmp_path, prepare_text):
+    for name in ('a.txt', 'b.csv', '.c', '.d/d.txt', '.e.txt', 'f.log', '__pycache__/g.py'):
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'in' / name).write_text(Path(name).stem)
+    train, val, notes = prepare_text('in', 'in/*.csv', 'in/.c', './in/.d', '--val', 'in/.e.txt')
+    assert (sorted(train), val) == (sorted('abd.c'), '.e')
+    assert len(notes) == 2 and '__MACOSX left out (read if given by name): 1 ' in notes[0] + notes[1]
+    assert 'other suffixes in folders left out (read if given by name): 1 ' in notes[0] + notes[1]
+
+
 @pytest.mark.parametrize('name', ['.hidden.txt', '.hidden/a.txt', '__pycache__/a.py', 'a.weird', 'no_suffix'])
 def test_what_is_given_by_name_is_read(tmp_path, prepare_text, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -431,6 +457,12 @@ def tarred():
     return file.getvalue()
 
 
+def test_a_file_with_a_slash_at_its_end(tmp_path, prepare_text):
+    (tmp_path / 'a.txt').write_text('text')
+    for name in ('a.txt/', 'a.txt//', f'{tmp_path}/a.txt/'):
+        assert "a.txt' is a file and no folder: leave out the last '/'" in refusal(prepare_text, name)
+
+
 REFUSED = {
     'zip.txt': (zipped(), 'zip archive'), 'book.EPUB': (zipped(), 'zip archive'), 'tar.txt': (tarred(), 'tar archive'),
     'tar.tar.gz': (gzip.compress(tarred()), 'tar archive'),
@@ -479,6 +511,39 @@ def test_damaged_compressed_files(tmp_path, prepare_text, module, how):
     assert text_of(tmp_path / 'out', 'val') == 'abd' * 100
 
 
+@pytest.mark.parametrize('how', ['damaged', 'cut', 'garbage', 'zeros'])
+@pytest.mark.parametrize('module', [bz2, lzma, gzip], ids=lambda module: module.__name__)
+def test_damage_after_the_first_stream(tmp_path, prepare_text, module, how):
+    first, second = module.compress(b'first' * 900), module.compress(b'second' * 900)
+    end = {'damaged': b'\x07' + second[1:], 'cut': second[:9], 'garbage': second + b'garbage', 'zeros': b'\0' * 7}[how]
+    (tmp_path / 'a.txt').write_bytes(first + second)
+    train, val, notes = prepare_text('a.txt')
+    assert train + val == 'first' * 900 + 'second' * 900 and not notes
+    (tmp_path / 'a.txt').write_bytes(first + end)
+    if module is not gzip or how != 'zeros':  # which may pad it
+        assert 'it may be damaged' in refusal(prepare_text, 'a.txt')
+    (tmp_path / 'a.txt').write_bytes(first + bytes(8) + second + bytes(4))
+    if module is lzma:
+        assert ''.join(prepare_text('a.txt')[:2]) == 'first' * 900 + 'second' * 900
+
+
+def test_packed_parquet(tmp_path, prepare_text, pyarrow):
+    pyarrow.parquet.write_table(pyarrow.table({'text': ['some', 'text']}), tmp_path / 'a')
+    for module in (bz2, lzma, gzip):
+        (tmp_path / 'a.parquet.gz').write_bytes(module.compress((tmp_path / 'a').read_bytes()))
+        assert ''.join(prepare_text('a.parquet.gz')[:2]) == 'sometext'
+
+
+@pytest.mark.parametrize('name, encoding', [('UTF-16', 'utf-16'), ('UTF-32', 'utf-32'), ('UTF-8', 'utf-8-sig')])
+def test_damage_names_the_encoding_of_the_mark(tmp_path, prepare_text, name, encoding):
+    wrong = {'utf-16': b'\0\xdc', 'utf-32': b'\xff' * 4}.get(encoding, b'\xff')
+    (tmp_path / 'a.txt').write_bytes(('x' * 5000).encode(encoding) + wrong)
+    assert f'characters that were not {name}, replaced by U+FFFD: 1 ' in prepare_text('a.txt')[2][0]
+    (tmp_path / 'a.txt').write_bytes('x'.encode(encoding) + wrong)
+    error = refusal(prepare_text, 'a.txt')
+    assert f'is not text in {name} (' in error and ('Latin-1' in error) == (name == 'UTF-8')
+
+
 def test_replaced_characters_are_counted(tmp_path, prepare_text):
     """In files of any size: here of two pieces, the second with too many if it were a file of its own."""
     good = 'x' * (text_files.PIECE_CHARS - 1)
@@ -491,12 +556,27 @@ def test_replaced_characters_are_counted(tmp_path, prepare_text):
 
 @pytest.mark.parametrize('tokenizer', ['byte', 'char'])
 def test_halves_of_surrogate_pairs_are_replaced(tmp_path, prepare_text, tokenizer):
-    (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83d\ude00b\ud83dc\ude00"}')
+    rest = 'x' * 2000  # a short text with a half is fine in a file with enough text
+    (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83d\ude00b\ud83dc\ude00"}' + f'\n{{"text": "{rest}"}}')
     train, val, notes = prepare_text('a.jsonl', f'--tokenizer={tokenizer}')
-    assert joined(train, val) == 'a😀b\ufffdc\ufffd'
+    assert joined(train, val) == 'a😀b\ufffdc\ufffd' + rest
     assert len(notes) == 1 and 'U+FFFD: 2 ' in notes[0] and "'a.jsonl', line 1" in notes[0]
     odd = CharTokenizer.of('a\ud83d')
     assert b''.join(map(odd.token_bytes, odd.encode('\ud83da'))) == b'?a'
+
+
+@pytest.mark.parametrize('line, words', [
+    ('{"x": %s, "text": 1}' % ('9' * 5000), "line 1: 'text' holds a value of type int"),
+    (r'{"text": "%s"}' % (r'\u0000' * 20), 'of 20 characters 0 are wrong and 20 NUL'),
+    (r'{"text": "%s"}' % (r'\ud83d' * 20), 'of 20 characters 20 are halves of surrogate pairs'),
+    (json.dumps({f'key {i}' * 9: i for i in range(5000)}), 'and 4,990 more): name the column'),
+    ('\n'.join(['{"text": null}'] * 20), 'no text for train.bin in 1 local files (null values skipped: 20 (such as')])
+def test_odd_json_lines(tmp_path, prepare_text, line, words):
+    (tmp_path / 'a.jsonl').write_text(line)
+    error = refusal(prepare_text, 'a.jsonl')
+    assert words in error and len(error) < 1000
+    (tmp_path / 'a.jsonl').write_text('{"x": %s, "text": "fine"}' % ('9' * 5000))
+    assert ''.join(prepare_text('a.jsonl')[:2]) == 'fine'
 
 
 def test_null_is_skipped_and_counted(tmp_path, prepare_text):
@@ -521,10 +601,9 @@ def test_parquet_columns_of_text(tmp_path, prepare_text, pyarrow, type_):
 
 
 @pytest.mark.parametrize('values, message', [
-    ([['a'], ['b']], "row 1: 'text' holds a value of type list"),
-    ([None, 3], "row 2: 'text' holds a value of type int"),
-    ([{'a': 'b'}], "row 1: 'text' holds a value of type dict"),
-    ([b'fine', BINARY], "row 2: the value under 'text' is not text"),
+    ([['a'], ['b']], 'not text: use a column of text'), ([None, 3], 'not text: use a column of text'),
+    ([{'a': 'b'}], 'not text: use a column of text'), ([b'fine', BINARY], "row 2: the value under 'text' is not text"),
+    (['fine', 'nul\0' * 9], "row 2: the value under 'text' is not text"),
 ])
 def test_parquet_columns_of_other_values(tmp_path, prepare_text, run_script, pyarrow, values, message):
     pyarrow.parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'a.parquet')
@@ -534,6 +613,25 @@ def test_parquet_columns_of_other_values(tmp_path, prepare_text, run_script, pya
     assert code == 2 and err.count('error: ') == 1 and message in err and 'Traceback' not in err
     assert {path.name for path in Path('out').iterdir()} == {'meta.json', 'train.bin', 'val.bin'}
     assert text_of(tmp_path / 'out', 'val') == 'abd' * 100
+
+
+@pytest.mark.parametrize('type_', ['timestamp[us]', 'timestamp[us, tz=No/Where]', 'date32[day]', 'int64', 'twice',
+                                   'damaged'])
+def test_parquet_that_cannot_be_converted(tmp_path, prepare_text, pyarrow, type_):
+    words = f"'text' holds {type_}, not text: use a column of text"
+    array = pyarrow.array([2**62])
+    if 'date' in type_:
+        array = pyarrow.array([2**30], pyarrow.int32()).cast(pyarrow.date32())
+    if 'time' in type_:
+        array = array.cast(pyarrow.timestamp('us', 'No/Where' if 'tz' in type_ else None))
+    names = ['text', 'text' if type_ == 'twice' else 'other']
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([array, array], names), tmp_path / 'a.parquet')
+    if type_ == 'twice':
+        words = "more than one column (it holds 'text', 'text')"
+    elif type_ == 'damaged':
+        (tmp_path / 'a.parquet').write_bytes((tmp_path / 'a.parquet').read_bytes()[:-20])
+        words = 'it may be damaged, get it again or leave it out'
+    assert words in refusal(prepare_text, 'a.parquet')
 
 
 @pytest.mark.parametrize('separator', ['<|endoftext|>', '\n\n', ' == ', 'x', 'a a a'])
@@ -786,9 +884,10 @@ def test_out_must_be_a_folder(tmp_path, run_script, local_parquet, name, monkeyp
     monkeypatch.setattr(writer, 'SHAKESPEARE_SHA256', hashlib.sha256(b'keep me').hexdigest())
     arguments = {'text': [tmp_path / 'file'], 'shakespeare_char': ['--input', tmp_path / 'file'],
                  'fineweb': ['--input', tmp_path / '*.parquet', '--tokenizer=byte']}.get(name, [])
-    for out in ('file', 'file/below'):
+    for out, words in {'file': "file' is a file): name a folder", 'file/below': "file' is a file): name a folder",
+                       'x' * 300: 'too long'}.items():
         code, _, err = run_script(name, *arguments, '--out', tmp_path / out)
-        assert code == 2 and err.count('\n') == 1 and 'cannot be written' in err, err
+        assert code == 2 and err.count('\n') == 1 and 'cannot be written' in err and words in err, err
     assert (tmp_path / 'file').read_text() == 'keep me'
 
 

@@ -395,6 +395,9 @@ def damaged(text):
     yield 'rounded integers', with_cell(keys.index('tokens'), '1.0E+03'), "line 2: tokens must be int, got '1.0E+03'"
     yield 'an empty cell', with_cell(loss, ''), "line 2: val_loss must be float, got ''"
     yield 'nan', with_cell(loss, 'nan'), "line 2: val_loss must be float, got 'nan'"
+    for key, cell in dict(val_loss='-inf', tokens='-1', seconds='-0.5', last_train_loss='-3').items():
+        yield f'{key} below 0', with_cell(keys.index(key), cell), f"line 2: {key} must not be below 0, got '{cell}'"
+    yield 'two losses of a point', text + with_cell(loss, '9.5').splitlines()[1] + '\n', 'line 4: val_loss is 9.5, but'
     yield 'a row cut short', '\n'.join([head, first[:40], *rest, '']), 'line 2: it has'
     yield 'a quote', with_cell(rate, '"0.001'), 'line 3: '
     yield 'a column missing', '\n'.join(line.split(',', 1)[1] for line in text.splitlines()), 'no column n_layer'

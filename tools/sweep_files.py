@@ -44,14 +44,17 @@ def read_row(cells, keys, types, needed):
             row[key] = read_value(cell, kind) if cell or key in needed else None
         except (ValueError, KeyError):
             raise ValueError(f'{key} must be {kind.__name__}, got {cell!r}') from None
+        if key in RESULTS and kind is not str and row[key] is not None and row[key] < 0:
+            raise ValueError(f'{key} must not be below 0, got {cell!r}')
     return row
 
 
 def read_trials(path, types, needed=()):
     """The rows that write_trials() wrote, with values of the `types`, {key: type}; none if there is no file. Without a
-    last row that was cut off. Refuses other text, and rows that lack a loss or a `needed` key."""
+    last row that was cut off. Refuses other text, and rows that lack a loss or a `needed` key,
+    results below 0, and two losses of one point."""
     path, types, needed = Path(path), RESULTS | types, (*needed, 'val_loss')
-    rows, use = [], 'restore the file, or use another --out_dir'
+    rows, seen, use = [], {}, 'restore the file, or use another --out_dir'
     if not path.exists():
         return rows
     with explained(OSError, f"'{path}' cannot be read", use):
@@ -69,7 +72,12 @@ def read_trials(path, types, needed=()):
             if lines.line_num == cut and (len(cells) < len(keys) or keys[-1] != 'trial'):  # whose end nobody needs
                 print(f"'{path}', line {cut}: this last row was cut off and is left out")
             else:
-                rows.append(read_row(cells, keys, types, needed))
+                row = read_row(cells, keys, types, needed)
+                point = tuple(row[key] for key in keys if key in types and key not in RESULTS)
+                number, loss = seen.setdefault(point, (lines.line_num, row['val_loss']))
+                if loss != row['val_loss']:
+                    raise ValueError(f"val_loss is {row['val_loss']}, but {loss} for the same point in line {number}")
+                rows.append(row)
     except UnicodeDecodeError as error:
         number = content[:error.start].count(b'\n') + 1
         raise UserError(f"'{path}', line {number}: it is not UTF-8 text: {use}") from None

@@ -60,7 +60,7 @@ def prepare(argv=None):
                  if args.tokenizer == 'char' else get_tokenizer(args.tokenizer))
     with explained(OSError, 'the files cannot be read any more'):  # the progress bar takes bytes for characters
         total_chars = None if any(map(is_packed, files)) else sum(map(os.path.getsize, files))
-    meta = write_dataset(args.out, texts(notes), tokenizer, f'{len(files)} local files',
+    meta = write_dataset(args.out, texts(notes), tokenizer, f'{len(files)} local files', notes=notes,
                          val_frac=0 if args.val else val_frac, total_chars=total_chars, workers=args.workers)
     notes.say()
     if args.separator and SEPARATORS not in notes:
