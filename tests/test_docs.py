@@ -107,7 +107,8 @@ def test_commands_are_commands(words):
 # -----------------------------------------------------------------------------
 # Figures: each is computed from committed results, and the sentence that states it must be in the page
 
-COMMANDS = {  # of results whose sweep.py had more than a config
+COMMANDS = {  # of results whose sweep.py had more than a config, or a config of another name
+    **{f'ablations{more}': f'config/sweep_ablations{more}.py' for more in ('', '_alibi', '_lion', '_seeds')},
     'sweep_batch_128': 'config/sweep_batch.py --n_embd=128',
     'sweep_block_size_128': 'config/sweep_block_size.py --n_embd=128',
     'sweep_depth_125': 'config/sweep_depth.py --max_iters=125 --n_layer=2,32 --seed=1,2 '
@@ -121,7 +122,7 @@ COMMANDS = {  # of results whose sweep.py had more than a config
     'tune_proxy': '--tune config/sweep_base.py --trials=64',
     'tune_direct': '--tune config/sweep_base.py --trials=16 --n_layer=16 --n_embd=64',
 }
-SWEEPS = sorted(path.parent.name for path in ROOT.glob('results/*/trials.csv') if 'ablations' not in path.parent.name)
+SWEEPS = sorted(path.parent.name for path in ROOT.glob('results/*/trials.csv'))
 
 
 @cache
