@@ -892,7 +892,8 @@ def test_out_must_be_a_folder(tmp_path, run_script, local_parquet, name, monkeyp
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
 sys.path.insert(0, {root!r})
 from nanop.errors import exit_on_user_error
 from nanop.tokenizer import get_tokenizer

@@ -1,7 +1,6 @@
 """Tests of training on several processes: the same curve, rules and values, other world sizes, killed ranks."""
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -255,24 +254,6 @@ def test_recomputation_keeps_fewer_activations():
     assert kept(True) < kept(False) / 4
 
 
-def train_on_two_forked_ranks(config):
-    """Train on two ranks without torchrun. They are forks of this process, so they need not import PyTorch again."""
-    def run_rank(rank, port):
-        torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
-                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        with parallel.processes(config.device, config.timeout_s):
-            train(config)
-    port = free_port()
-    ranks = [multiprocessing.get_context('fork').Process(target=run_rank, args=(rank, port), daemon=True)
-             for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
-
-
 def children(process):
     """Process ids of the workers of a torchrun."""
     found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -290,7 +271,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tiny, tmp_path):
     """The restarted run resumes from the last checkpoint and ends bit for bit as an undisturbed run."""
     config = replace(tiny, max_iters=100, eval_interval=20, init_from='auto')
     undisturbed = replace(config, out_dir=str(tmp_path / 'undisturbed'))
-    train_on_two_forked_ranks(undisturbed)
+    finish(launch(undisturbed, 2, '--standalone'))
     process = launch(config, 2, '--standalone', '--max-restarts=3')
     wait_for_step(config, 1, process)
     victim = children(process)[-1]
