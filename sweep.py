@@ -21,7 +21,6 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from configurator import configure_both
-from nanop.dataset import open_dataset
 from nanop.errors import UserError, exit_on_user_error, explained, require, require_values
 from nanop.files import make_out_dir
 from nanop.machine import pick_device
@@ -33,6 +32,7 @@ from tools.sweep_queue import (
     data_facts,
     enqueue,
     num_to_do,
+    open_datasets,
     open_study,
     rows_of,
     run_workers,
@@ -160,10 +160,10 @@ def main():
     config, overrides = read_sweep(sys.argv[1:])
     sweep = Sweep(config, overrides)
     # refuse what cannot run before anything is written
-    datasets = {name: open_dataset(name) for name in dict.fromkeys(each.dataset for each in sweep.configs)}
+    datasets = open_datasets(sweep.configs)
     pick_device(sweep.configs[0].device)
     costs = {run: cost(each, datasets[each.dataset]) for run, each in dict(zip(sweep.digests, sweep.configs)).items()}
-    sweep.facts['data'] = data_facts(sweep.configs)
+    sweep.facts['data'] = data_facts(datasets)
     out_dir = make_out_dir(config.out_dir)
     study = open_study(config)
     with storage_errors_explained():

@@ -36,7 +36,6 @@ TRAIN_CHOICES = dict(
     parallel=parallel.KINDS, schedule=('linear', 'cosine', 'constant'), weight_decay_mode=('coupled', 'independent'))
 
 
-
 @dataclass
 class TrainConfig(GPTConfig):
     # the run

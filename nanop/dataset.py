@@ -13,6 +13,7 @@ from nanop.errors import UserError, explained
 from nanop.tokenizer import get_tokenizer
 
 DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
+CONTENT = ('data_sha256', 'source_sha256', 'train_tokens', 'val_tokens')  # keys of meta.json that say what is in it
 
 
 def open_dataset(name):
@@ -29,8 +30,7 @@ def content_differs(meta, other):
     """How the content of one dataset's meta differs from another's, a list of texts. Older ones name less of it."""
     def short(value):
         return f'{value[:12]}..' if isinstance(value, str) else str(value)
-    keys = ('data_sha256', 'source_sha256', 'train_tokens', 'val_tokens')
-    return [f'{key} is {short(meta[key])}, not {short(other[key])}' for key in keys
+    return [f'{key} is {short(meta[key])}, not {short(other[key])}' for key in CONTENT
             if key in meta and key in other and meta[key] != other[key]]
 
 

@@ -153,7 +153,7 @@ class RunFolder:
 
         def begin_on_rank_0():
             self.checkpoints.clean(first_step)
-            self.log.begin(first_step, asdict(config))
+            self.log.begin(asdict(config))
 
         if self.writes:
             from_rank_0(open_on_rank_0)

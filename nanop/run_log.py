@@ -103,26 +103,35 @@ class Metrics:
         self.bar = tqdm(total=steps, initial=first_step, unit='step', dynamic_ncols=True,
                         disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
 
-    def begin(self, first_step, config):
-        """Keep the rows of metrics.csv before `first_step`, and remove what else an earlier end has left."""
+    def earlier_rows(self):
+        """The rows of metrics.csv to go on from. If they cannot all be read, the file is renamed and there are none."""
+        path = self.out_dir / 'metrics.csv'
+        if not self.first_step or not path.exists():
+            return []
+        try:
+            rows = read_metrics(self.out_dir)
+            figures = [(int(row['step']), int(row['tokens']), *(float(row[key] or 0) for key in FIELDS[2:]))
+                       for row in rows]
+            steps = [step for step, *_ in figures]
+            if not rows or steps != sorted(steps):
+                raise ValueError('its rows are not in the order of their steps')
+            return rows
+        except (ValueError, KeyError, csv.Error) as error:  # edited by hand, or by a spreadsheet
+            asides = (path.with_name(f'metrics-old-{number}.csv') for number in itertools.count(1))
+            aside = next(each for each in asides if not each.exists())
+            os.replace(path, aside)
+            print(f'warning: {path} cannot be read ({type(error).__name__}: {error}); it is {aside} now, and a new one '
+                  'begins', file=sys.stderr)
+            return []
+
+    def begin(self, config):
+        """Keep the rows of metrics.csv before the first step, and remove what else an earlier end has left."""
         path = self.out_dir / 'metrics.csv'
         with self.writing():
-            try:
-                rows = read_metrics(self.out_dir) if first_step else []
-                steps = [int(row['step']) for row in rows if int(row['tokens']) >= 0]
-                for row in rows:
-                    [float(row[key] or 0) for key in FIELDS[2:]]
-                if first_step and path.exists() and not rows or steps != sorted(steps):
-                    raise ValueError('its rows are not in the order of their steps')
-                kept = [row for row in rows if int(row['step']) < first_step]
-                self.validated = next(({key: float(row[key]) for key in ('val_loss', 'bits_per_byte')} for row in rows
-                                       if int(row['step']) == first_step and row['val_loss']), {})
-            except (ValueError, KeyError, csv.Error) as error:  # edited by hand, or by a spreadsheet
-                asides = (path.with_name(f'metrics-old-{number}.csv') for number in itertools.count(1))
-                aside = next(each for each in asides if not each.exists())
-                kept = os.replace(path, aside) or []
-                print(f'warning: {path} cannot be read ({type(error).__name__}: {error}); it is {aside} now, and a new '
-                      'one begins', file=sys.stderr)
+            rows = self.earlier_rows()
+            kept = [row for row in rows if int(row['step']) < self.first_step]
+            self.validated = next(({key: float(row[key]) for key in ('val_loss', 'bits_per_byte')} for row in rows
+                                   if int(row['step']) == self.first_step and row['val_loss']), {})
             for name in ('summary.json', 'loss.png', 'model.safetensors'):
                 (self.out_dir / name).unlink(missing_ok=True)
             (self.out_dir / 'config.json').write_text(json.dumps(config, indent=1))

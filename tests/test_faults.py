@@ -633,23 +633,24 @@ def test_no_terminal_ends_a_run(tiny, kind):
     assert result.stderr.count(lost) == (kind in ('head', 'full'))
 
 
-def test_a_terminal_that_hangs_up_stops_the_run_and_it_is_saved(tiny):
-    config = replace(tiny, max_iters=100_000, eval_interval=0)
-    process = start(config, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+def hang_up(config, before):
+    """(exit code, stdout, stderr) of a run whose terminal hangs up. `before`: what it does about that at its start."""
+    process = start(config, preexec_fn=lambda: signal.signal(signal.SIGHUP, before))
     wait_for_step(config, 3)
     process.send_signal(signal.SIGHUP)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGHUP and 'saved in' in out and 'Traceback' not in err
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_a_terminal_that_hangs_up_stops_the_run_and_it_is_saved(tiny):
+    code, out, err = hang_up(replace(tiny, max_iters=100_000, eval_interval=0), signal.SIG_DFL)
+    assert code == 128 + signal.SIGHUP and 'saved in' in out and 'Traceback' not in err
     assert checkpoint.newest(tiny.out_dir)[1]['step'] > 3
 
 
 def test_under_nohup_a_hang_up_is_ignored(tiny):
-    config = replace(tiny, max_iters=2000, eval_interval=0)
-    process = start(config, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_for_step(config, 3)
-    process.send_signal(signal.SIGHUP)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and 'SIGHUP' not in out
+    code, out, _ = hang_up(replace(tiny, max_iters=2000, eval_interval=0), signal.SIG_IGN)
+    assert code == 0 and 'SIGHUP' not in out
 
 
 # -----------------------------------------------------------------------------

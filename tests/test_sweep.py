@@ -29,7 +29,7 @@ from tools import sweep_queue
 from tools.stack import stack_size, train_stack, why_not_stack
 from tools.sweep_files import read_facts, read_trials, write_trials
 from tools.sweep_points import TYPES, Sweep, digest, random_settings
-from tools.sweep_queue import data_facts, enqueue, open_study, trials_of
+from tools.sweep_queue import data_facts, enqueue, open_datasets, open_study, trials_of
 from tools.sweep_report import SweepReport, compare, curve_of, optimum
 from train import TrainConfig, num_steps, train
 
@@ -353,7 +353,7 @@ def test_a_worker_with_other_data_refuses_before_it_trains(tiny, named_data, tmp
     name, set_hash = named_data
     config, overrides = SweepConfig(out_dir=str(tmp_path)), {**tiny, 'dataset': name}
     sweep = Sweep(config, overrides)
-    sweep.facts['data'] = data_facts(sweep.configs)
+    sweep.facts['data'] = data_facts(open_datasets(sweep.configs))
     enqueue(open_study(config), sweep, tmp_path)
     set_hash('b' * 64)
     with pytest.raises(UserError, match='has trained on other data'):

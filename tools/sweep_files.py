@@ -51,8 +51,8 @@ def read_row(cells, keys, types, needed):
 
 def read_trials(path, types, needed=()):
     """The rows that write_trials() wrote, with values of the `types`, {key: type}; none if there is no file. Without a
-    last row that was cut off. Refuses other text, and rows that lack a loss or a `needed` key,
-    results below 0, and two losses of one point."""
+    last row that was cut off. Refuses other text, rows that lack a loss or a `needed` key, results below 0, and two
+    losses of one point."""
     path, types, needed = Path(path), RESULTS | types, (*needed, 'val_loss')
     rows, seen, use = [], {}, 'restore the file, or use another --out_dir'
     if not path.exists():

@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from model import CHOICES
-from nanop.dataset import content_differs, open_dataset
+from nanop.dataset import CONTENT, content_differs, open_dataset
 from nanop.errors import UserError, exit_on_user_error, explained, first_line
 from nanop.machine import pick_device
 from nanop.terminal import STOP_SIGNALS
@@ -41,7 +41,6 @@ SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with
     'qmc': (lambda seed: optuna.samplers.QMCSampler(seed=seed), 'scipy'),
     'cmaes': (lambda seed: optuna.samplers.CmaEsSampler(), 'cmaes'),
 }
-CONTENT = ('data_sha256', 'source_sha256', 'train_tokens', 'val_tokens')  # of meta.json: what is in a dataset
 STORAGE_ERRORS = sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
 COUNTED = ('tokens', 'seconds')  # results that the report needs of every run
 LOCK_S = 60  # how long to wait for another process that writes to SQLite
@@ -169,17 +168,20 @@ def say_what_cannot_be_compared(known, facts, whose):
             print(f"{whose} does not say what was in the data '{name}': whether it is the same now cannot be compared")
 
 
-def data_facts(configs):
-    """What a study keeps of the data of these TrainConfigs: {name: {key of meta.json: value}}."""
-    names = dict.fromkeys(config.dataset for config in configs)
-    metas = {name: open_dataset(name).meta for name in names}
-    return {name: {key: meta[key] for key in CONTENT if key in meta} for name, meta in metas.items()}
+def open_datasets(configs):
+    """{name: Dataset} of these TrainConfigs."""
+    return {name: open_dataset(name) for name in dict.fromkeys(config.dataset for config in configs)}
+
+
+def data_facts(datasets):
+    """What a study keeps of {name: Dataset}: {name: {key of meta.json: value}}."""
+    return {name: {key: data.meta[key] for key in CONTENT if key in data.meta} for name, data in datasets.items()}
 
 
 def require_data(study, sweep, configs):
     """Refuse data that differs from the study's, before training on it: this machine may have its own."""
     if any(config.dataset not in sweep.facts['data'] for config in configs):
-        sweep.facts['data'] |= data_facts(configs)
+        sweep.facts['data'] |= data_facts(open_datasets(configs))
         require_same_sweep(study.user_attrs.get('sweep', sweep.facts), sweep.facts, f"study '{study.study_name}'")
 
 
