@@ -436,3 +436,10 @@ def test_an_init_from_that_is_no_folder_is_refused(tiny, tmp_path):
         for name in str(tmp_path), '', 'lama':
             with pytest.raises(UserError, match='or a folder with the config.json of transformers'):
                 kind(name)
+
+
+def test_tensors_that_nanop_lacks_are_not_dropped(tmp_path):
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=8, add_cross_attention=True)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match='crossattention.* for which nanoP has no place'):
+        from_hf(str(tmp_path), GPT, GPTConfig())
