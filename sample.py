@@ -1,5 +1,5 @@
 """
-Sample from a trained model, or from GPT-2.
+Sample from a trained model, from GPT-2 or from a folder of Hugging Face.
 
     python sample.py --out_dir=out/completep_small --start='def main(' --temperature=0.8
     python sample.py --out_dir=out/completep_small --start=FILE:prompt.txt --num_samples=3
@@ -13,7 +13,8 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanop import checkpoint
 from nanop.errors import exit_on_user_error, explained, require_values
-from nanop.huggingface import GPT2_NAMES, load_gpt2
+from nanop.hf_tokenizer import FolderTokenizer
+from nanop.huggingface import from_hf, require_start
 from nanop.machine import set_up
 from nanop.sampling import print_sample
 from nanop.tokenizer import get_tokenizer
@@ -22,7 +23,8 @@ from nanop.tokenizer import get_tokenizer
 @dataclass
 class SampleConfig:
     out_dir: str = 'out'           # folder of the run to sample from
-    init_from: str = 'resume'      # resume (the newest checkpoint in out_dir), or gpt2, gpt2-medium, ..
+    init_from: str = 'resume'      # resume (the newest checkpoint in out_dir), gpt2, gpt2-medium, .., or a
+    #                                folder of Hugging Face, such as export_hf.py writes
     start: str = ''                # the prompt, or FILE:path; '' starts a new text
     num_samples: int = 1
     max_new_tokens: int = 500
@@ -33,15 +35,15 @@ class SampleConfig:
     dtype: str = 'auto'
 
     def __post_init__(self):
-        require_values(self, choices=dict(init_from=('resume', *GPT2_NAMES)), at_least=dict(
-            num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0))
+        require_values(self, at_least=dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0))
+        require_start(self, ['resume'])
 
 
 def load(config):
     """(model, tokenizer) on the CPU."""
-    if config.init_from in GPT2_NAMES:
-        model_config, weights = load_gpt2(config.init_from)
-        return GPT.from_weights(GPTConfig(**model_config), weights), get_tokenizer('gpt2')
+    if config.init_from != 'resume':
+        model, meta = from_hf(config.init_from, GPT, GPTConfig(parameterization='sp'))  # whose factors are all 1
+        return model, get_tokenizer(meta['tokenizer'], meta.get('chars')) if meta else FolderTokenizer(config.init_from)
     weights, state = checkpoint.load_weights(config.out_dir)
     model = GPT.from_weights(GPTConfig(**state['model_config']), weights)
     return model, get_tokenizer(state['meta']['tokenizer'], state['meta'].get('chars'))

@@ -1,6 +1,7 @@
 """Tests of model.py: the rules against numbers typed by hand, against measurement, and against independent code."""
 import math
 import re
+import shutil
 import textwrap
 import warnings
 from dataclasses import replace
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from configurator import configure
 from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
 from nanop import run_log
-from nanop.huggingface import load_gpt2
+from nanop.huggingface import from_hf
 from nanop.layers import LOGITS, SparseLinear, alibi_slopes, causal_attention, cross_entropy, flex_alibi, gelu
 from nanop.machine import flops_per_token
 from train import TrainConfig
@@ -846,9 +848,8 @@ def tiny_gpt2(tmp_path_factory):
     return hf, str(folder)
 
 
-def import_gpt2(name, **options):
-    config, weights = load_gpt2(name, **options)
-    return GPT.from_weights(GPTConfig(**config), weights)
+def import_gpt2(name, dropout=0.0, block_size=None):
+    return from_hf(name, GPT, GPTConfig(parameterization='gpt2', dropout=dropout), block_size)[0]
 
 
 def test_gpt2_import(tiny_gpt2, tmp_path):
@@ -862,9 +863,14 @@ def test_gpt2_import(tiny_gpt2, tmp_path):
         cropped = import_gpt2(folder, block_size=8).eval()
         torch.testing.assert_close(cropped(idx[:, :8])[0], expected[:, :8], rtol=0,
                                    atol=1e-5 * expected.abs().max().item())
+    old = {name.removeprefix('transformer.'): value for name, value in load_file(f'{folder}/model.safetensors').items()}
+    masks = {'h.0.attn.bias': torch.ones(1, 1, 32, 32), 'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    shutil.copytree(folder, tmp_path / 'old')
+    save_file(old | masks, tmp_path / 'old' / 'model.safetensors', dict(format='pt'))  # as OpenAI's are stored
+    assert torch.equal(import_gpt2(str(tmp_path / 'old')).eval()(idx)[0], model(idx)[0])
     with pytest.raises(ValueError, match='block_size=64 is more than the 32 positions'):
         import_gpt2(folder, block_size=64)
-    for key, value in dict(activation_function='relu', n_inner=100, layer_norm_epsilon=1e-6).items():
+    for key, value in dict(n_inner=100, layer_norm_epsilon=1e-6, scale_attn_by_inverse_layer_idx=True).items():
         other = type(hf.config)(n_layer=1, n_embd=64, n_head=4, vocab_size=10, **{key: value})
         type(hf)(other).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=f"' has {key}={value}, it must be "):

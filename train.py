@@ -22,7 +22,7 @@ from model import GPT, OPTIMIZERS, GPTConfig, length_rules
 from nanop import checkpoint, parallel
 from nanop.dataset import open_dataset
 from nanop.errors import UserError, exit_on_user_error, require, require_values
-from nanop.huggingface import GPT2_NAMES, load_gpt2
+from nanop.huggingface import from_hf, require_start
 from nanop.machine import set_up
 from nanop.optimizers import clip_gradients
 from nanop.parallel import say, split_batch, sum_over_ranks
@@ -31,9 +31,10 @@ from nanop.run_log import Throughput, startup_text
 from nanop.sampling import print_sample
 from nanop.terminal import StopSignals
 
+OUR_STARTS = 'scratch', 'resume', 'auto'
 TRAIN_CHOICES = dict(
-    init_from=('scratch', 'resume', 'auto', *GPT2_NAMES), optimizer=OPTIMIZERS, clip_norm=('plain', 'scaled'),
-    parallel=parallel.KINDS, schedule=('linear', 'cosine', 'constant'), weight_decay_mode=('coupled', 'independent'))
+    optimizer=OPTIMIZERS, clip_norm=('plain', 'scaled'), parallel=parallel.KINDS,
+    schedule=('linear', 'cosine', 'constant'), weight_decay_mode=('coupled', 'independent'))
 
 
 @dataclass
@@ -42,7 +43,7 @@ class TrainConfig(GPTConfig):
     out_dir: str = 'out'                   # folder for everything that the run writes; '': nothing is written
     overwrite: bool = False                # True: start anew although out_dir holds checkpoints
     init_from: str = 'scratch'             # scratch, resume (go on in out_dir), auto (resume if there is a checkpoint,
-    #                                        else scratch), or GPT-2: gpt2, gpt2-medium, ..
+    #                                        else scratch), gpt2, gpt2-medium, .. or a folder of Hugging Face
     new_data: bool = False                 # True: resume although the dataset is not the one trained on so far
     seed: int = 1337                       # weights, data order and dropout
     # data
@@ -81,6 +82,7 @@ class TrainConfig(GPTConfig):
     eval_tokens: int = 65536               # validation tokens, the same ones every time
     eval_only: bool = False                # validate once and stop
     always_save_checkpoint: bool = True    # False: only when the validation loss is the best so far
+    keep_checkpoints: int = 2              # the newest so many stay; more for export_hf.py --average
     log_interval: int = 10                 # steps between rows of metrics.csv
     sample_tokens: int = 0                 # length of a sample to print at the end
     wandb_log: bool = False                # also log to Weights & Biases
@@ -104,7 +106,8 @@ class TrainConfig(GPTConfig):
             at_least=dict(batch_tokens=1, batch_size=1, max_iters=1, train_tokens=0, tokens_per_param=0,
                           learning_rate=0, weight_decay=0, tau_ema=0, muon_mult=1e-6, eps=1e-38, grad_clip=0,
                           skip_grad_norm=0, base_batch_tokens=0, base_train_tokens=0, eval_interval=0, eval_tokens=1,
-                          log_interval=1, sample_tokens=0, seed=0, timeout_s=1))
+                          log_interval=1, sample_tokens=0, seed=0, keep_checkpoints=2, timeout_s=1))
+        require_start(self, OUR_STARTS)
         require(self, 'tau_ema', not (self.tau_ema and self.weight_decay),
                 f'weight_decay={self.weight_decay} sets the decay, too, leave one of them at 0')
         require(self, 'train_tokens', not (self.train_tokens and self.tokens_per_param),
@@ -186,17 +189,16 @@ def make_optimizer(model, rates, device_type):
 # -----------------------------------------------------------------------------
 # The model and one optimizer step
 def build_model(config, data):
-    """A model with fresh weights for this dataset, on the meta device if it will be sharded; or GPT-2, which must fit
-    the config and the dataset."""
+    """A model with fresh weights for this dataset, on the meta device if it will be sharded; or one from Hugging Face,
+    which must fit the config and the dataset."""
     c = config
     vocab_size = c.vocab_size or data.vocab_size
     shape = GPTConfig.of(c, vocab_size=vocab_size,
                          real_vocab_size=c.real_vocab_size or min(data.real_vocab_size, vocab_size))
-    if c.init_from in GPT2_NAMES:
-        held, weights = load_gpt2(c.init_from, c.dropout, c.block_size)
-        model = GPT.from_weights(GPTConfig(**held), weights)
+    if c.init_from not in OUR_STARTS:
+        model, meta = from_hf(c.init_from, GPT, shape, c.block_size)
         require_fit(c.init_from, {key: (value, getattr(shape, key)) for key, value in asdict(model.config).items()
-                                  if getattr(c, key) != getattr(TrainConfig, key)}, dict(tokenizer='gpt2'), data.meta)
+                                  if getattr(c, key) != getattr(TrainConfig, key)}, meta or data.meta, data.meta)
     else:
         with torch.device('meta') if c.parallel != 'ddp' else nullcontext():
             model = GPT(shape, torch.Generator().manual_seed(c.seed))
@@ -279,7 +281,7 @@ def train(config, stop=None):
     with RunFolder(config) as folder:
         # ---- model and optimizer
         model = build_model(config, data)
-        c = replace(config, **asdict(model.config))  # with the values that are the dataset's, or GPT-2's
+        c = replace(config, **asdict(model.config))  # with the values that are the dataset's, or a folder's
         parallel.prepare(model, c, machine)  # to the device; recompute, compile, shard
         at = Progress.of(folder.saved)
         first_step, steps = at.step, num_steps(c, model.num_params(), at.step, at.tokens)

@@ -1,5 +1,5 @@
 """
-Checkpoints: written in the background, whole or not at all, the last two kept, and read without running code in them.
+Checkpoints: written in the background, whole or not at all, the newest kept, and read without running code in them.
 
 A checkpoint is a folder: the tensors as safetensors, one file per training process, written by
 torch.distributed.checkpoint and readable by any number of processes; state.json with the rest; checksums.json. It is
@@ -14,6 +14,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from nanop.files import checksum, flush_folder, remove, write_atomically
 from nanop.parallel import lost_contact, rank_and_world_size
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process needs none
-KEPT, STATE, CHECKSUMS = 2, 'state.json', 'checksums.json'
+STATE, CHECKSUMS = 'state.json', 'checksums.json'
 NEEDED = ('step', 'tokens', 'best_val_loss', 'config', 'model_config', 'meta')  # in state.json
 FORMAT = 2  # in state.json; 1, or none: keys and values of n_kv_head in c_attn, other ALiBi slopes below 8 heads
 
@@ -62,11 +63,11 @@ def user_error(error, problem, use):
 # -----------------------------------------------------------------------------
 # Writing
 class Writer(HuggingFaceStorageWriter):
-    """Writes the tensors of every rank; then rank 0 adds the state and gives the folder its name."""
+    """Writes the tensors of every rank; then rank 0 adds the state and the name, and removes all but the newest."""
 
-    def __init__(self, path, state):
+    def __init__(self, path, state, kept):
         super().__init__(f'{path}.tmp', save_distributed=True)
-        self.final, self.state = Path(path), state
+        self.final, self.state, self.kept = Path(path), state, kept
 
     def finish(self, metadata, results):
         super().finish(metadata, results)
@@ -79,7 +80,7 @@ class Writer(HuggingFaceStorageWriter):
         os.rename(folder, self.final)
         flush_folder(self.final.parent)
         # a damaged checkpoint that is newer stays: somebody may want to look at it
-        for old in [path for path in find(self.final.parent) if step_of(path) <= step_of(self.final)][KEPT:]:
+        for old in [path for path in find(self.final.parent) if step_of(path) <= step_of(self.final)][self.kept:]:
             try:
                 remove(old)
             except OSError as error:  # the new checkpoint is complete nevertheless
@@ -89,8 +90,8 @@ class Writer(HuggingFaceStorageWriter):
 class Checkpoints:
     """The checkpoints that one run writes. All ranks call the same methods."""
 
-    def __init__(self, out_dir, timeout_s):
-        self.out_dir, self.path, self.writing, self.group = Path(out_dir), None, None, None
+    def __init__(self, out_dir, timeout_s, kept):
+        self.out_dir, self.kept, self.path, self.writing, self.group = Path(out_dir), kept, None, None, None
         if dist.is_initialized():  # its own group, because training communicates while a checkpoint is written
             self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout_s))
 
@@ -105,8 +106,8 @@ class Checkpoints:
         self.wait()
         self.path = path_of(self.out_dir, step)
         self.writing = dcp.async_save(tensors_of(model, optimizer), no_dist=self.group is None,
-                                      storage_writer=Writer(self.path, {'step': step, 'format': FORMAT, **state}),
-                                      process_group=self.group)
+                                      process_group=self.group, storage_writer=Writer(
+                                          self.path, {'step': step, 'format': FORMAT, **state}, self.kept))
 
     def discard(self, step):
         """Remove the checkpoint of `step`, if it was the last to be saved."""
@@ -158,14 +159,21 @@ def require_known(path, state):
     return state
 
 
-def newest(out_dir):
-    """(path, state) of the newest undamaged checkpoint. Prints a warning about each damaged one."""
-    paths = find(out_dir)
-    for path in paths:
+def undamaged(out_dir):
+    """Yield (path, state) of the undamaged checkpoints, newest first. Prints a warning about each damaged one."""
+    for path in find(out_dir):
         problem = damage(path)
         if not problem:
-            return path, require_known(path, json.loads((path / STATE).read_text()))
-        print(f'warning: {path} is damaged ({problem}); trying the one before it', file=sys.stderr)
+            yield path, require_known(path, json.loads((path / STATE).read_text()))
+        else:
+            print(f'warning: {path} is damaged ({problem}); trying the one before it', file=sys.stderr)
+
+
+def newest(out_dir):
+    """(path, state) of the newest undamaged checkpoint. Prints a warning about each damaged one."""
+    for path, state in undamaged(out_dir):
+        return path, state
+    paths = find(out_dir)
     found = f'none of the {len(paths)} checkpoints in' if paths else 'no checkpoint in'
     raise UserError(f"{found} '{out_dir}'{' can be used' if paths else ''}: give the --out_dir of a run, or train anew")
 
@@ -208,16 +216,41 @@ def restore(path, model, optimizer):
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
-def load_weights(out_dir):
-    """(weights, state) of the newest checkpoint: whole tensors by name on the CPU, however many processes trained."""
-    path, state = newest(out_dir)
+def read_weights(path):
+    """Weights and masks of one checkpoint: whole tensors by name on the CPU, however many processes trained."""
     reader = HuggingFaceStorageReader(str(path))
     with reading(path):
         held = reader.read_metadata().state_dict_metadata
         weights = {name.removeprefix('model.'): torch.empty(entry.size, dtype=entry.properties.dtype)
                    for name, entry in held.items() if name.startswith('model.')}
         dcp.load(dict(model=weights), storage_reader=reader, no_dist=True)  # on this rank alone
-    return weights, state
+    return weights
+
+
+def load_weights(out_dir):
+    """(weights, state) of the newest checkpoint, as read_weights() gives them."""
+    path, state = newest(out_dir)
+    return read_weights(path), state
+
+
+def average_weights(out_dir, count):
+    """(mean weights, steps) of the newest `count` undamaged checkpoints; masks, which never change, stay as they are.
+
+    Raises UserError if there are fewer.
+    """
+    found = list(islice(undamaged(out_dir), count))
+    if len(found) < count:
+        raise UserError(f"average={count} is more than the {len(found)} usable checkpoints in '{out_dir}': use at most "
+                        f'that, or train with --keep_checkpoints={count}')
+    mean, *others = (read_weights(path) for path, _ in found)
+    for weights in others:
+        for name, total in mean.items():
+            if total.is_floating_point():
+                total += weights[name]
+    for total in mean.values():
+        if total.is_floating_point():
+            total /= count
+    return mean, [state['step'] for _, state in found]
 
 
 def write_weights(out_dir, weights, state):

@@ -91,7 +91,7 @@ class RunFolder:
                 raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with "
                                 'it, another --out_dir, or --overwrite=True to lose them')
             if self.writes:
-                self.checkpoints = checkpoint.Checkpoints(c.out_dir, c.timeout_s)
+                self.checkpoints = checkpoint.Checkpoints(c.out_dir, c.timeout_s, c.keep_checkpoints)
                 on_exit.callback(self.settle)
             self.on_exit = on_exit.pop_all()
         return self

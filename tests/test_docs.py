@@ -15,6 +15,7 @@ import stress_hosts
 
 import bench
 import coord_check
+import export_hf
 import sample
 import sweep
 from configurator import configure
@@ -62,7 +63,8 @@ def check_flags(script, arguments):
     """Let the script read its command line; files that a command before it would have made are left out."""
     if arguments == ['--help']:
         return
-    arguments = [word for word in arguments if not word.startswith('out/') and '..' not in word.partition('=')[2]]
+    arguments = [word for word in arguments
+                 if not word.startswith(('out/', '--init_from=out/')) and '..' not in word.partition('=')[2]]
     if script == 'train.py':
         if not any('resume' in word for word in arguments):
             read_config(arguments)
@@ -73,6 +75,7 @@ def check_flags(script, arguments):
         bench.read_bench(arguments)
     else:
         config = {'coord_check.py': coord_check.CoordCheckConfig, 'sample.py': sample.SampleConfig,
+                  'export_hf.py': export_hf.ExportConfig,
                   'tests/stress_faults.py': stress_faults.StressConfig,
                   'tests/stress_hosts.py': stress_hosts.HostsConfig,
                   'tests/coord_reliability.py': coord_reliability.ReliabilityConfig}[script]

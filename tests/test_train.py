@@ -434,12 +434,12 @@ def test_resume_on_another_tokenizer_is_an_error(tiny, tmp_path):
 
 
 def test_gpt2_weights_are_for_gpt2_tokens_and_their_own_shape(tiny, monkeypatch, tmp_path):
-    def load_gpt2(name, dropout, block_size):
-        assert (name, dropout, block_size) == ('gpt2-medium', 0.0, 16)
+    def from_hf(name, model_class, config, block_size):
+        assert (name, model_class, config.dropout, block_size) == ('gpt2-medium', GPT, 0.0, 16)
         shape = dict(block_size=16, vocab_size=50257, n_layer=1, n_embd=32, head_dim=16, tie_weights=True,
                      parameterization='gpt2', real_vocab_size=50257)
-        return shape, GPT(GPTConfig(**shape)).state_dict()
-    monkeypatch.setattr(train_module, 'load_gpt2', load_gpt2)
+        return GPT(GPTConfig(**shape)), dict(tokenizer='gpt2')
+    monkeypatch.setattr(train_module, 'from_hf', from_hf)
     fresh = TrainConfig(init_from='gpt2-medium', block_size=16, batch_tokens=32, max_iters=2, eval_tokens=64,
                         dataset=tiny.dataset, out_dir=tiny.out_dir, compile=False, device='cpu')
     with pytest.raises(UserError, match="its tokenizer is 'gpt2', not 'byte'"):
@@ -568,7 +568,7 @@ def test_a_broken_wandb_is_said(tiny, tmp_path, monkeypatch, capsys, kind, messa
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(UserError, match="init_from='gpt2' needs transformers: pip install transformers"):
-        train_module.load_gpt2('gpt2')
+        train_module.from_hf('gpt2', GPT, GPTConfig())
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(UserError, match='pip install datasets'):
         list(parquet_documents('a.parquet', 10))
