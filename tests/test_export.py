@@ -90,6 +90,19 @@ def test_every_row_has_the_same_logits_and_tokens(target, tied, tmp_path):
     assert len(folded) == (0 if TABLE[target].kept else 4)
 
 
+@pytest.mark.parametrize('target', TABLE)
+def test_every_row_in_bfloat16_is_as_far_off_as_its_rounding(target, tmp_path):
+    """Weights rounded to 8 bits after the fold: as far from nanoP's logits as nanoP with its own weights rounded."""
+    model = trained(replace(ODD, **CHANGES[target]))
+    hf, _ = exported(model, target, tmp_path, 'bfloat16')
+    rounded = trained(model.config)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            p.copy_(p.bfloat16())
+        own = ((model(ids())[0] - rounded(ids())[0])[..., :61].abs().max() / model(ids())[0].abs().max()).item()
+    assert 1e-5 < difference(model, hf.float()) < 3 * own
+
+
 PLAIN = dict(n_kv_head=0, norm_gain=False, density=1.0, parameterization='depth_mup', attn_scale='1/d', alpha=0.75)
 
 
