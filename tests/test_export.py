@@ -268,12 +268,13 @@ def test_nothing_is_rounded_where_nothing_is_folded(target, tmp_path):
 
 
 @pytest.mark.parametrize('target', TABLE)
-def test_a_foreign_folder_keeps_its_logits_under_the_rules_of_the_config(target, tmp_path):
+def test_a_foreign_folder_keeps_its_logits_under_the_rules_of_the_config(target, tmp_path, capsys):
     c = replace(ODD, **CHANGES[target] | dict(tie_weights=target in ('gpt2', 'arcee')))
     model = trained(c)
     written(model, target, tmp_path, ours=False)
     rules = replace(ODD, parameterization='depth_mup', density=1.0, input_mult=0.3, n_layer=2)
     back, meta = from_hf(str(tmp_path), GPT, rules, block_size=32)
+    assert 'trains under depth_mup with a base of 1 x 16' in capsys.readouterr().out
     assert meta == {} and back.config.parameterization == 'depth_mup' and back.config.input_mult == 0.3
     assert back.config.n_layer == 5 and back.config.block_size == 32
     assert same_logits(model, back.eval())
@@ -437,7 +438,8 @@ def test_a_folder_is_trained_on_and_sampled_from(tiny, tmp_path, capsys):
         sample.load(sampled)
     foreign = replace(start, parameterization='sp', output_mult=1.0)
     assert train(foreign)['val_loss'] == pytest.approx(loss, abs=1e-6)
-    assert 'says how nanoP would tokenize' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'says how nanoP would tokenize' in said and 'trains under' not in said
     hf_tokenizer.write_tokenizer(folder, dict(tokenizer='byte'), 16)
     tokenizer = sample.load(sampled)[1]
     text = 'abc \u00e9\U0001f642'
