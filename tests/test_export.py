@@ -274,7 +274,7 @@ def test_a_foreign_folder_keeps_its_logits_under_the_rules_of_the_config(target,
     written(model, target, tmp_path, ours=False)
     rules = replace(ODD, parameterization='depth_mup', density=1.0, input_mult=0.3, n_layer=2)
     back, meta = from_hf(str(tmp_path), GPT, rules, block_size=32)
-    assert 'trains under depth_mup with a base of 1 x 16' in capsys.readouterr().out
+    assert 'trains under depth_mup with a base of 1 layers x 16' in capsys.readouterr().out
     assert meta == {} and back.config.parameterization == 'depth_mup' and back.config.input_mult == 0.3
     assert back.config.n_layer == 5 and back.config.block_size == 32
     assert same_logits(model, back.eval())
