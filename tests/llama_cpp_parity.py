@@ -1,0 +1,142 @@
+"""
+Runs exported models in llama.cpp and compares its logits with nanoP's.
+
+    python tests/llama_cpp_parity.py --checkout=../llama.cpp
+
+`checkout` is a source tree of llama.cpp: its converter is used. The package llama-cpp-python runs the result on a CPU,
+everything in float32. The models are small, with odd multipliers, random gains and biases, and GPT-2's tokenizer. Every
+finished model appends a row to table.csv in out_dir, and models that have a row are skipped; about ten minutes.
+gelu_in_float32.csv has the models with GELU, run in a llama.cpp that was compiled without GGML_GELU_FP16.
+"""
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_export import CHANGES, ODD, trained  # noqa: E402
+
+from configurator import configure  # noqa: E402
+from nanop.errors import exit_on_user_error, require  # noqa: E402
+from nanop.files import append_csv, make_out_dir, read_csv  # noqa: E402
+from nanop.hf_tokenizer import ODD_TEXTS, write_tokenizer  # noqa: E402
+from nanop.huggingface import TABLE, misfits, multipliers, to_hf, write_folder  # noqa: E402
+from nanop.tokenizer import get_tokenizer  # noqa: E402
+
+
+@dataclass
+class ParityConfig:
+    checkout: str = ''                         # a source tree of llama.cpp
+    out_dir: str = 'results/export_llama_cpp'  # of table.csv
+
+
+TOKENS, GREEDY = 48, 16
+SHAPE = dict(block_size=64, n_layer=5, n_embd=128, head_dim=32, base_n_embd=48, base_head_dim=16, init_std=0.1)
+FIRST = CHANGES | {target: CHANGES[target] | changes for target, changes in dict(  # with what llama.cpp runs, if it can
+    arcee=dict(bias=False), smollm3=dict(bias=False), stablelm=dict(qk_norm=False)).items()}
+VARIANTS = (dict(), dict(tie_weights=True), dict(bias=False), dict(bias=True), dict(qk_norm=False), dict(qk_norm=True),
+            dict(activation='gelu'), dict(activation='relu'), dict(activation='relu2'))
+
+
+def models():
+    """(target, tokenizer, GPTConfig) of every model."""
+    for target, row in TABLE.items():
+        first = replace(ODD, **SHAPE | FIRST[target] | dict(vocab_size=50304, real_vocab_size=50257))
+        configs = [replace(first, **changes) for changes in VARIANTS]
+        for i, c in enumerate(configs):
+            if c not in configs[:i] and not misfits(row, asdict(c)):
+                yield target, 'gpt2', c
+    yield 'granite', 'byte', replace(ODD, **SHAPE | FIRST['granite'] | dict(vocab_size=256, real_vocab_size=256))
+
+
+def name_of(c):
+    return ', '.join([c.activation, 'tied' if c.tie_weights else 'untied', 'biases' if c.bias else 'no biases',
+                      *(['qk_norm'] if c.qk_norm else [])])
+
+
+def prompt(vocab_size):
+    return np.random.default_rng(0).integers(vocab_size, size=TOKENS)
+
+
+def words(tokenize):
+    """The ids of texts that tokenizers tend to disagree about."""
+    return [' '.join(map(str, tokenize(text))) for text in ODD_TEXTS]
+
+
+def run_in_llama_cpp(gguf, result):
+    """Called in a process of its own, which llama.cpp may abort."""
+    import llama_cpp
+    llm = llama_cpp.Llama(gguf, n_ctx=TOKENS + GREEDY, logits_all=True, n_threads=1, flash_attn=False,
+                          type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # the default is float16
+    llm.eval(prompt(llm.n_vocab()).tolist())
+    for _ in range(GREEDY):
+        llm.eval([int(llm.scores[llm.n_tokens - 1].argmax())])
+    np.savez(result, logits=llm.scores[:TOKENS], greedy=llm.input_ids[TOKENS:TOKENS + GREEDY],
+             words=words(lambda text: llm.tokenize(text.encode(), add_bos=False)))
+
+
+def command(*words):
+    """(did it succeed, what it said)"""
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, errors='replace',
+                          check=False)
+    return done.returncode == 0, done.stderr
+
+
+def reason(said):
+    """The line of an output that says why it failed, without paths."""
+    lines = said.strip().splitlines() or ['no output']
+    found = [line for line in lines if 'error loading model:' in line] or [
+        line for line in lines if 'Error' in line or 'ERROR' in line] or lines
+    return re.sub(r'/\S*/', '', found[-1].strip().rpartition('error loading model: ')[2])
+
+
+def compare(model, found):
+    """The columns of a model that runs."""
+    real = model.config.real_vocab_size
+    ids = torch.tensor(prompt(real))[None]
+    with torch.no_grad():
+        ours = model(ids)[0][0, :, :real].numpy()
+    greedy = model.generate(ids, GREEDY, temperature=0)[0, TOKENS:].tolist()
+    difference = np.abs(ours - found['logits']).max() / np.abs(ours).max()
+    return dict(difference=f'{difference:.1e}', greedy_equal=greedy == found['greedy'].tolist(),
+                tokens_equal=words(get_tokenizer('gpt2').encode) == found['words'].tolist())
+
+
+def row_of(target, tokenizer, config, checkout, folder):
+    """The row of table.csv for one model."""
+    model = trained(config)
+    _, hf_config, tensors, _ = to_hf(asdict(config), multipliers(model), model.state_dict(), target)
+    write_folder(folder, hf_config | write_tokenizer(folder, dict(tokenizer=tokenizer), config.block_size), tensors)
+    gguf, result = folder / 'model.gguf', folder / 'result.npz'
+    row = dict(target=target, model=name_of(config), tokenizer=tokenizer, converts=False, loads=False, difference='',
+               greedy_equal='', tokens_equal='', note='')
+    row['converts'], said = command(checkout / 'convert_hf_to_gguf.py', folder, '--outtype', 'f32', '--outfile', gguf)
+    if row['converts']:
+        row['loads'], said = command(__file__, 'run', gguf, result)
+    return row | (compare(model, np.load(result)) if row['loads'] else dict(note=reason(said)))
+
+
+def main():
+    config = ParityConfig(**configure(ParityConfig, sys.argv[1:]))
+    require(config, 'checkout', Path(config.checkout, 'convert_hf_to_gguf.py').is_file(),
+            'give a source tree of llama.cpp')
+    path = make_out_dir(config.out_dir) / 'table.csv'
+    done = {(row['target'], row['model'], row['tokenizer']) for row in read_csv(path)}
+    for target, tokenizer, model in models():
+        if (target, name_of(model), tokenizer) not in done:
+            with tempfile.TemporaryDirectory() as folder:
+                row = row_of(target, tokenizer, model, Path(config.checkout), Path(folder))
+            append_csv(path, [row])
+            print(row, flush=True)
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['run']:
+        run_in_llama_cpp(*sys.argv[2:])
+    else:
+        exit_on_user_error(main)
