@@ -69,14 +69,14 @@ TABLE = {  # by transformers' model_type; 'auto' takes the first row that holds 
          'attn.o': 'transformer.h.{}.attn.c_proj', 'mlp.up': 'transformer.h.{}.mlp.c_fc',
          'mlp.down': 'transformer.h.{}.mlp.c_proj'},
         sets=dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), qkv='stacked', transposed=True),
-    'starcoder2': Architecture(  # it could hold relu2, where llama.cpp computes GELU without a word: so jais2 does
+    'starcoder2': Architecture(  # relu2 goes to jais2: llama.cpp always computes GELU here, relu2 there
         'Starcoder2ForCausalLM',
         dict(norm=('layernorm',), pos=('rope',), activation=('gelu', 'relu'), qk_norm=(False,)),
         GQA | dict(use_bias='bias'), ROPE | dict(norm_epsilon=1e-5, sliding_window=None),
         NOT_GATED_NAMES | {'mlp.up': 'model.layers.{}.mlp.c_fc', 'mlp.down': 'model.layers.{}.mlp.c_proj'},
         sets=dict(residual_dropout=0.0, embedding_dropout=0.0)),
-    'jais2': Architecture(  # llama.cpp computes relu2 in it, whatever hidden_act says
-        'Jais2ForCausalLM', dict(norm=('layernorm',), pos=('rope',), activation=NOT_GATED, qk_norm=(False,)),
+    'jais2': Architecture(
+        'Jais2ForCausalLM', dict(norm=('layernorm',), pos=('rope',), activation=('relu2',), qk_norm=(False,)),
         GQA | BIASED | dict(head_dim='head_dim'), ROPE | dict(layer_norm_eps=1e-5), NOT_GATED_NAMES),
     'granite': Architecture(
         'GraniteForCausalLM', dict(norm=('rmsnorm',), pos=('rope',), activation=('swiglu',), qk_norm=(False,)),

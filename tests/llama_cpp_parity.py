@@ -6,8 +6,9 @@ Runs exported models in llama.cpp and compares its logits with nanoP's.
 `checkout` is a source tree of llama.cpp: its converter is used. The package llama-cpp-python runs the result on a CPU,
 everything in float32. The models are small, with odd multipliers, random gains and biases, and GPT-2's tokenizer. Every
 finished model appends a row to table.csv in out_dir, and models that have a row are skipped; about ten minutes.
-gelu_in_float32.csv has the models with GELU, run in a llama.cpp that was compiled without GGML_GELU_FP16.
+results/export_llama_cpp/gelu_in_float32 is from a llama.cpp that was compiled without GGML_GELU_FP16.
 """
+import json
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from nanop.tokenizer import get_tokenizer  # noqa: E402
 class ParityConfig:
     checkout: str = ''                         # a source tree of llama.cpp
     out_dir: str = 'results/export_llama_cpp'  # of table.csv
+    activation: str = ''                       # only the models with this activation; '': all
 
 
 TOKENS, GREEDY = 48, 16
@@ -59,25 +61,19 @@ def name_of(c):
                       *(['qk_norm'] if c.qk_norm else [])])
 
 
-def prompt(vocab_size):
-    return np.random.default_rng(0).integers(vocab_size, size=TOKENS)
-
-
-def words(tokenize):
-    """The ids of texts that tokenizers tend to disagree about."""
-    return [' '.join(map(str, tokenize(text))) for text in ODD_TEXTS]
-
-
-def run_in_llama_cpp(gguf, result):
-    """Called in a process of its own, which llama.cpp may abort."""
-    import llama_cpp
-    llm = llama_cpp.Llama(gguf, n_ctx=TOKENS + GREEDY, logits_all=True, n_threads=1, flash_attn=False,
-                          type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # the default is float16
-    llm.eval(prompt(llm.n_vocab()).tolist())
-    for _ in range(GREEDY):
-        llm.eval([int(llm.scores[llm.n_tokens - 1].argmax())])
-    np.savez(result, logits=llm.scores[:TOKENS], greedy=llm.input_ids[TOKENS:TOKENS + GREEDY],
-             words=words(lambda text: llm.tokenize(text.encode(), add_bos=False)))
+IN_LLAMA_CPP = '''
+import json, sys
+import llama_cpp, numpy
+gguf, given, result = sys.argv[1:]
+ids, greedy, texts = json.load(open(given))
+llm = llama_cpp.Llama(gguf, n_ctx=len(ids) + greedy, logits_all=True, n_threads=1, flash_attn=False,
+                      type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # the default is float16
+llm.eval(ids)
+for _ in range(greedy):
+    llm.eval([int(llm.scores[llm.n_tokens - 1].argmax())])
+words = [' '.join(map(str, llm.tokenize(text.encode(), add_bos=False))) for text in texts]
+numpy.savez(result, logits=llm.scores[:len(ids)], greedy=llm.input_ids[len(ids):len(ids) + greedy], words=words)
+'''
 
 
 def command(*words):
@@ -95,16 +91,17 @@ def reason(said):
     return re.sub(r'/\S*/', '', found[-1].strip().rpartition('error loading model: ')[2])
 
 
-def compare(model, found):
+def compare(model, ids, found):
     """The columns of a model that runs."""
     real = model.config.real_vocab_size
-    ids = torch.tensor(prompt(real))[None]
+    ids = torch.tensor([ids])
     with torch.no_grad():
         ours = model(ids)[0][0, :, :real].numpy()
     greedy = model.generate(ids, GREEDY, temperature=0)[0, TOKENS:].tolist()
     difference = np.abs(ours - found['logits']).max() / np.abs(ours).max()
+    words = [' '.join(map(str, get_tokenizer('gpt2').encode(text))) for text in ODD_TEXTS]
     return dict(difference=f'{difference:.1e}', greedy_equal=greedy == found['greedy'].tolist(),
-                tokens_equal=words(get_tokenizer('gpt2').encode) == found['words'].tolist())
+                tokens_equal=words == found['words'].tolist())
 
 
 def row_of(target, tokenizer, config, checkout, folder):
@@ -112,13 +109,15 @@ def row_of(target, tokenizer, config, checkout, folder):
     model = trained(config)
     _, hf_config, tensors, _ = to_hf(asdict(config), multipliers(model), model.state_dict(), target)
     write_folder(folder, hf_config | write_tokenizer(folder, dict(tokenizer=tokenizer), config.block_size), tensors)
-    gguf, result = folder / 'model.gguf', folder / 'result.npz'
+    gguf, given, result = folder / 'model.gguf', folder / 'given.json', folder / 'result.npz'
+    ids = np.random.default_rng(0).integers(config.real_vocab_size, size=TOKENS).tolist()
+    given.write_text(json.dumps([ids, GREEDY, ODD_TEXTS]))
     row = dict(target=target, model=name_of(config), tokenizer=tokenizer, converts=False, loads=False, difference='',
                greedy_equal='', tokens_equal='', note='')
     row['converts'], said = command(checkout / 'convert_hf_to_gguf.py', folder, '--outtype', 'f32', '--outfile', gguf)
     if row['converts']:
-        row['loads'], said = command(__file__, 'run', gguf, result)
-    return row | (compare(model, np.load(result)) if row['loads'] else dict(note=reason(said)))
+        row['loads'], said = command('-c', IN_LLAMA_CPP, gguf, given, result)
+    return row | (compare(model, ids, np.load(result)) if row['loads'] else dict(note=reason(said)))
 
 
 def main():
@@ -126,9 +125,11 @@ def main():
     require(config, 'checkout', Path(config.checkout, 'convert_hf_to_gguf.py').is_file(),
             'give a source tree of llama.cpp')
     path = make_out_dir(config.out_dir) / 'table.csv'
-    done = {(row['target'], row['model'], row['tokenizer']) for row in read_csv(path)}
     for target, tokenizer, model in models():
-        if (target, name_of(model), tokenizer) not in done:
+        done = any(row['target'] == target and (
+            (row['model'], row['tokenizer']) == (name_of(model), tokenizer) or 'is not supported' in row['note'])
+            for row in read_csv(path))  # of an architecture that the converter does not know one model is enough
+        if not done and config.activation in ('', model.activation):
             with tempfile.TemporaryDirectory() as folder:
                 row = row_of(target, tokenizer, model, Path(config.checkout), Path(folder))
             append_csv(path, [row])
@@ -136,7 +137,4 @@ def main():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['run']:
-        run_in_llama_cpp(*sys.argv[2:])
-    else:
-        exit_on_user_error(main)
+    exit_on_user_error(main)

@@ -395,7 +395,7 @@ def test_auto_keeps_the_multipliers_if_it_can():
 
 
 def test_llama_cpp_finds_the_context_of_gpt2():
-    """Its converter stops without this key, which transformers ignores: results/export_llama_cpp has the run."""
+    """Its converter stops without this key, which transformers ignores."""
     model = GPT(ODD)
     assert to_hf(asdict(ODD), multipliers(model), model.state_dict(), 'gpt2')[1]['n_ctx'] == ODD.block_size
 
