@@ -5,8 +5,10 @@ Runs exported models in llama.cpp and compares its logits with nanoP's.
 
 `checkout` is a source tree of llama.cpp: its converter is used. The package llama-cpp-python runs the result on a CPU,
 everything in float32. The models are small, with odd multipliers, random gains and biases, and GPT-2's tokenizer. Every
-finished model appends a row to table.csv in out_dir, and models that have a row are skipped; about ten minutes.
-results/export_llama_cpp/gelu_in_float32 is from a llama.cpp that was compiled without GGML_GELU_FP16.
+finished model appends a row to table.csv in out_dir, and models that have a row are skipped.
+
+In results/export_llama_cpp, gelu_in_float32 is from a llama.cpp that was compiled without GGML_GELU_FP16, and
+transformers_4 is gpt_neox with transformers 4.57.6 under the converter.
 """
 import json
 import re
