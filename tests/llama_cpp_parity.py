@@ -22,8 +22,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_export import CHANGES, ODD, trained  # noqa: E402
-
 from configurator import configure  # noqa: E402
 from nanop.errors import exit_on_user_error, require  # noqa: E402
 from nanop.files import append_csv, make_out_dir, read_csv  # noqa: E402
@@ -40,22 +38,23 @@ class ParityConfig:
 
 
 TOKENS, GREEDY = 48, 16
-SHAPE = dict(block_size=64, n_layer=5, n_embd=128, head_dim=32, base_n_embd=48, base_head_dim=16, init_std=0.1)
-FIRST = CHANGES | {target: CHANGES[target] | changes for target, changes in dict(  # with what llama.cpp runs, if it can
-    arcee=dict(bias=False), smollm3=dict(bias=False), stablelm=dict(qk_norm=False)).items()}
+SHAPE = dict(block_size=64, n_layer=5, n_embd=128, head_dim=32, base_n_embd=48, base_head_dim=16, init_std=0.1,
+             vocab_size=50304, real_vocab_size=50257)
 VARIANTS = (dict(), dict(tie_weights=True), dict(bias=False), dict(bias=True), dict(qk_norm=False), dict(qk_norm=True),
             dict(activation='gelu'), dict(activation='relu'), dict(activation='relu2'))
 
 
 def models():
     """(target, tokenizer, GPTConfig) of every model."""
+    from test_export import CHANGES, ODD  # needs transformers, test_docs.py does not
+    runs = dict(arcee=dict(bias=False), smollm3=dict(bias=False), stablelm=dict(qk_norm=False))  # what llama.cpp loads
     for target, row in TABLE.items():
-        first = replace(ODD, **SHAPE | FIRST[target] | dict(vocab_size=50304, real_vocab_size=50257))
+        first = replace(ODD, **SHAPE | CHANGES[target] | runs.get(target, {}))
         configs = [replace(first, **changes) for changes in VARIANTS]
         for i, c in enumerate(configs):
             if c not in configs[:i] and not misfits(row, asdict(c)):
                 yield target, 'gpt2', c
-    yield 'granite', 'byte', replace(ODD, **SHAPE | FIRST['granite'] | dict(vocab_size=256, real_vocab_size=256))
+    yield 'granite', 'byte', replace(ODD, **SHAPE | CHANGES['granite'] | dict(vocab_size=256, real_vocab_size=256))
 
 
 def name_of(c):
@@ -108,6 +107,7 @@ def compare(model, ids, found):
 
 def row_of(target, tokenizer, config, checkout, folder):
     """The row of table.csv for one model."""
+    from test_export import trained
     model = trained(config)
     _, hf_config, tensors, _ = to_hf(asdict(config), multipliers(model), model.state_dict(), target)
     write_folder(folder, hf_config | write_tokenizer(folder, dict(tokenizer=tokenizer), config.block_size), tensors)
