@@ -69,11 +69,15 @@ TABLE = {  # by transformers' model_type; 'auto' takes the first row that holds 
          'attn.o': 'transformer.h.{}.attn.c_proj', 'mlp.up': 'transformer.h.{}.mlp.c_fc',
          'mlp.down': 'transformer.h.{}.mlp.c_proj'},
         sets=dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), qkv='stacked', transposed=True),
-    'starcoder2': Architecture(
-        'Starcoder2ForCausalLM', dict(norm=('layernorm',), pos=('rope',), activation=NOT_GATED, qk_norm=(False,)),
+    'starcoder2': Architecture(  # relu2 goes to jais2: llama.cpp always computes GELU here, relu2 there
+        'Starcoder2ForCausalLM',
+        dict(norm=('layernorm',), pos=('rope',), activation=('gelu', 'relu'), qk_norm=(False,)),
         GQA | dict(use_bias='bias'), ROPE | dict(norm_epsilon=1e-5, sliding_window=None),
         NOT_GATED_NAMES | {'mlp.up': 'model.layers.{}.mlp.c_fc', 'mlp.down': 'model.layers.{}.mlp.c_proj'},
         sets=dict(residual_dropout=0.0, embedding_dropout=0.0)),
+    'jais2': Architecture(
+        'Jais2ForCausalLM', dict(norm=('layernorm',), pos=('rope',), activation=('relu2',), qk_norm=(False,)),
+        GQA | BIASED | dict(head_dim='head_dim'), ROPE | dict(layer_norm_eps=1e-5), NOT_GATED_NAMES),
     'granite': Architecture(
         'GraniteForCausalLM', dict(norm=('rmsnorm',), pos=('rope',), activation=('swiglu',), qk_norm=(False,)),
         GQA | BIASED, ROPE | dict(rms_norm_eps=1e-5), LLAMA,
@@ -126,9 +130,6 @@ TABLE = {  # by transformers' model_type; 'auto' takes the first row that holds 
          'attn.qkv': 'gpt_neox.layers.{}.attention.query_key_value', 'attn.o': 'gpt_neox.layers.{}.attention.dense',
          'mlp.up': 'gpt_neox.layers.{}.mlp.dense_h_to_4h', 'mlp.down': 'gpt_neox.layers.{}.mlp.dense_4h_to_h'},
         sets=dict(rotary_pct=1.0, hidden_dropout=0.0), qkv='by_head'),
-    'jais2': Architecture(
-        'Jais2ForCausalLM', dict(norm=('layernorm',), pos=('rope',), activation=NOT_GATED, qk_norm=(False,)),
-        GQA | BIASED | dict(head_dim='head_dim'), ROPE | dict(layer_norm_eps=1e-5), NOT_GATED_NAMES),
     'nanop': Architecture(  # all the rest: our own modeling_nanop.py, which is written beside the weights
         'NanoPForCausalLM', {}, GQA | dict(use_bias='bias', norm='norm', pos='pos', qk_norm='qk_norm'), {},
         LLAMA | QK_NORM | {'wpe': 'model.embed_positions'},

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import coord_reliability
+import llama_cpp_parity
 import pytest
 import stress_faults
 import stress_hosts
@@ -19,6 +20,8 @@ import export_hf
 import sample
 import sweep
 from configurator import configure
+from nanop.files import read_csv
+from nanop.huggingface import TABLE
 from tools.sweep_files import read_trials
 from tools.sweep_points import TYPES, Sweep
 from tools.sweep_report import compare, mean_losses, optimum
@@ -78,7 +81,8 @@ def check_flags(script, arguments):
                   'export_hf.py': export_hf.ExportConfig,
                   'tests/stress_faults.py': stress_faults.StressConfig,
                   'tests/stress_hosts.py': stress_hosts.HostsConfig,
-                  'tests/coord_reliability.py': coord_reliability.ReliabilityConfig}[script]
+                  'tests/coord_reliability.py': coord_reliability.ReliabilityConfig,
+                  'tests/llama_cpp_parity.py': llama_cpp_parity.ParityConfig}[script]
         config(**configure(config, arguments))
 
 
@@ -272,9 +276,43 @@ def exports():
     yield page, f"lm_eval finds {found['bits_per_byte']:.6f} bits per byte"
 
 
+def models_named(rows, first):
+    """Of the first row's model all words, of the others those that are not the first's; '-' for no rows."""
+    known = set(first['model'].split(', '))
+    return '; '.join(row['model'] if row is first else ', '.join(
+        word for word in row['model'].split(', ') if word not in known) for row in rows) or '-'
+
+
+def models_in_llama_cpp():
+    """A line of the table for every target: what has nanoP's logits, how exactly, what is refused, what is wrong."""
+    targets = {}
+    for row in read_csv(ROOT / 'results/export_llama_cpp/table.csv'):
+        targets.setdefault(row['target'] if row['tokenizer'] == 'gpt2' else 'byte', []).append(row)
+    (byte,) = targets.pop('byte')
+    assert byte['converts'] == 'False' and 'pre-tokenizer was not recognized' in byte['note']
+    assert list(targets) == list(TABLE)
+    for target, rows in targets.items():
+        refused = [row for row in rows if row['loads'] == 'False']
+        same = [row for row in rows if row not in refused and float(row['difference']) < 1e-3]
+        wrong = [row for row in rows if row not in refused and float(row['difference']) > 1e-2]
+        assert len(refused) + len(same) + len(wrong) == len(rows)
+        assert all(row['greedy_equal'] == row['tokens_equal'] == 'True' for row in same)
+        most = f"{max(float(row['difference']) for row in same):.0e}" if same else '-'
+        named = [models_named(kind, rows[0]) for kind in (same, refused, wrong)]
+        yield 'docs/export.md', f'| {target} | {named[0]} | {most} | {named[1]} | {named[2]} |'
+    exact, older = (read_csv(ROOT / f'results/export_llama_cpp/{name}/table.csv')
+                    for name in ('gelu_in_float32', 'transformers_4'))
+    most = max(float(row['difference']) for row in exact if row['loads'] == 'True' and row['target'] != 'arcee')
+    yield 'docs/export.md', f'the same logits differ by at most {most:.0e}'  # arcee has relu2 there, as in the table
+    assert {row['target'] for row in older} == {'gpt_neox'} and older[0]['model'] == 'gelu, untied, biases'
+    assert all(row['loads'] == 'False' or float(row['difference']) > 1e-2 for row in older[1:])
+    yield 'docs/export.md', f"with GELU and biases differs by {float(older[0]['difference']):.0e}"
+
+
 def statements():
     """(page, a sentence's part with its figures computed)"""
-    yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations(), *exports())
+    yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations(), *exports(),
+                *models_in_llama_cpp())
     demo = json.loads(text_of('results/completep_small/summary.json'))
     yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
     yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"

@@ -24,7 +24,7 @@ ODD = GPTConfig(  # m_N = 3, m_L = 5, another head_dim than the base's, multipli
     input_mult=1.7, attn_mult=1.3, output_mult=0.6, base_n_layer=1, base_n_embd=16, base_head_dim=4,
     parameterization='completep_supar')
 CHANGES = dict(  # a model of each row
-    gpt2=dict(pos='learned'), starcoder2=dict(pos='rope', activation='relu2', n_kv_head=2),
+    gpt2=dict(pos='learned'), starcoder2=dict(pos='rope', n_kv_head=2),
     granite=dict(norm='rmsnorm', pos='rope', activation='swiglu', n_kv_head=2),
     llama=dict(norm='rmsnorm', pos='rope', activation='swiglu', n_kv_head=2),
     hyperclovax=dict(norm='rmsnorm', pos='rope', activation='swiglu', n_kv_head=2),
@@ -34,7 +34,7 @@ CHANGES = dict(  # a model of each row
     smollm3=dict(norm='rmsnorm', pos='none', activation='swiglu', n_kv_head=2),
     stablelm=dict(pos='rope', activation='swiglu', qk_norm=True, bias=False, n_kv_head=2),
     persimmon=dict(pos='rope', activation='relu', qk_norm=True, n_kv_head=2),
-    gpt_neox=dict(pos='rope', n_kv_head=2), jais2=dict(pos='rope', n_kv_head=2),
+    gpt_neox=dict(pos='rope', n_kv_head=2), jais2=dict(pos='rope', activation='relu2', n_kv_head=2),
     nanop=dict(pos='alibi', activation='relu2', n_kv_head=2))
 
 
@@ -182,7 +182,7 @@ FAULTS = [  # (what is done wrong, row, tied, how)
         0, (c.n_head, 3, -1)).transpose(0, 1).flatten(0, 2))),
     ('rotary_pct left at its default', 'gpt_neox', False, partly_rotated),
     ('eps of the norms left at its default', 'llama', False, keys(rms_norm_eps=1e-3)),
-    ('exact GELU', 'jais2', False, keys(hidden_act='gelu')),
+    ('exact GELU', 'starcoder2', False, keys(hidden_act='gelu')),
     ('another theta', 'llama', False, keys(rope_parameters=dict(rope_type='default', rope_theta=25000.0))),
     ('post norms left on', 'hyperclovax', False, keys(use_post_norm=True)),
     ('RoPE in every fourth layer', 'smollm3', False, keys(no_rope_layers=None)),
@@ -335,6 +335,7 @@ def test_what_nanop_does_not_hold_is_refused(target, changes, message, tmp_path)
     (dict(norm='rmsnorm'), 'gpt2', "target='gpt2' does not hold norm='rmsnorm': it needs norm='layernorm', use nanop"),
     (CHANGES['qwen3'] | dict(bias=True), 'qwen3', 'hold bias=True: it needs bias=False, use nanop or auto'),
     (dict(pos='rope'), 'gpt2', "does not hold pos='rope': it needs pos='learned' or 'none', use starcoder2 or auto"),
+    (dict(pos='rope', activation='relu2'), 'starcoder2', "it needs activation='gelu' or 'relu', use jais2 or auto"),
     (dict(), 'gtp2', "target='gtp2' is not allowed: use one of auto, gpt2, starcoder2"),
     (dict(output_mult=0.0), 'auto', 'are not all above zero and finite')])
 def test_what_no_architecture_holds_is_refused(changes, target, message):
@@ -403,8 +404,14 @@ def test_our_own_architecture_needs_no_nanop(tmp_path):
 
 def test_auto_keeps_the_multipliers_if_it_can():
     assert {target: huggingface.choose(asdict(replace(ODD, **changes)), 'auto') for target, changes in CHANGES.items()
-            } == {target: dict(llama='granite', hyperclovax='granite', gpt_neox='starcoder2', jais2='starcoder2'
-                               ).get(target, target) for target in TABLE}
+            } == {target: dict(llama='granite', hyperclovax='granite', gpt_neox='starcoder2').get(target, target)
+                for target in TABLE}
+
+
+def test_llama_cpp_finds_the_context_of_gpt2():
+    """Its converter stops without this key, which transformers ignores."""
+    model = GPT(ODD)
+    assert to_hf(asdict(ODD), multipliers(model), model.state_dict(), 'gpt2')[1]['n_ctx'] == ODD.block_size
 
 
 def test_weights_that_the_dtype_does_not_hold_are_refused(tmp_path):
