@@ -26,6 +26,7 @@ from nanop.errors import UserError, first_line
 from nanop.machine import why_not_compile
 
 KINDS = ('ddp', 'fsdp', 'hsdp')
+SHARDS_MASKS = 2, 13  # version of torch; earlier ones shard floats only, so there every rank holds whole masks
 WHOLE = 48  # a GPU's model of up to this many layers is compiled whole: a little faster, but compile time grows with it
 
 # -----------------------------------------------------------------------------
@@ -170,18 +171,18 @@ def recompute(model):
 
 
 def to_compile(model, device_type, sharded=False, recompute=False):
-    """The modules to give to torch.compile: on a GPU the whole model, on a CPU its blocks, or else the parts of blocks.
+    """The modules to give to torch.compile: on a GPU the whole model, on a CPU and in a deep model its blocks, which
+    share one graph. On a CPU this is as fast as the whole model and compiles in half the time.
 
-    All blocks share one graph. On a CPU this is as fast as the whole model and compiles in half the time, and the
-    loss keeps its loop, which would be unrolled. Sharded blocks break the graph where they are gathered, and recomputed
-    blocks run uncompiled; then, and in a deep model on a GPU, their attention and MLP are compiled, two graphs.
+    Sharded blocks break the graph where they are gathered, and recomputed blocks run uncompiled; then their attention
+    and MLP are compiled, two graphs. On a GPU the loss is compiled in any case, or it would keep the logits in float32;
+    on a CPU it keeps its loop, which would be unrolled.
     """
-    blocks = model.transformer.h
-    if device_type == 'cpu' and not sharded and not recompute:
-        return list(blocks)
-    if device_type != 'cpu' and not sharded and len(blocks) <= WHOLE:
+    blocks, on_cpu = model.transformer.h, device_type == 'cpu'
+    if not on_cpu and not sharded and len(blocks) <= WHOLE:
         return [model]
-    return [part for block in blocks for part in (block.attn, block.mlp)]
+    parts = [part for block in blocks for part in (block.attn, block.mlp)] if sharded or recompute else list(blocks)
+    return parts if on_cpu else [*parts, model.cross_entropy]
 
 
 def shard(model, kind, machine):
@@ -194,11 +195,13 @@ def shard(model, kind, machine):
     # blocks gather and use their weights in machine.dtype, and reduce gradients in float32; norms, embeddings and the
     # residual stream stay in float32, as under autocast
     precision = MixedPrecisionPolicy(param_dtype=machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    masks = {p for p in model.parameters() if p.dtype == torch.bool}
+    options = dict(mesh=mesh, ignored_params=None if torch.__version__ >= SHARDS_MASKS else masks)
     for block in model.transformer.h:
         if block.attn.q_norm:
-            fully_shard([block.attn.q_norm, block.attn.k_norm], mesh=mesh)
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh)
+            fully_shard([block.attn.q_norm, block.attn.k_norm], **options)
+        fully_shard([block.attn, block.mlp], mp_policy=precision, **options)
+    fully_shard(model, **options)
 
 
 def require_shardable(config, machine):
@@ -211,11 +214,15 @@ def require_shardable(config, machine):
 def prepare(model, config, machine):
     """Put a model on its device as the config asks: recomputed, compiled, sharded."""
     sharded = config.parallel != 'ddp'
+    # in torch 2.11 cuDNN's attention rounds the rate of dropout to 1/16
+    torch.backends.cuda.enable_cudnn_sdp(config.dropout * 16 % 1 == 0)
     if config.recompute:
         recompute(model)
     if config.compile:
         reason = why_not_compile(machine.device)
         say(f'running without torch.compile: {reason}' if reason else 'compiling: the first steps take longer')
+        # by default torch runs what needs more than 8 graphs uncompiled: here, the parts of all layers and all models
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
         for part in [] if reason else to_compile(model, machine.device.type, sharded, config.recompute):
             part.compile(dynamic=False)
     if sharded:
