@@ -113,7 +113,7 @@ def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
     if alibi and T > 1 and not dropout and q.is_cuda and q.size(-1) >= 16 and torch.compiler.is_compiling():
         return flex_alibi(q, k, v, scale)
     in_pieces = in_bf16_on_cpu(q) and not alibi and not dropout and T > 1
-    if H != kv_heads and (in_pieces or q.is_cuda and q.dtype == torch.float32):  # its kernels for float32 know no groups
+    if H != kv_heads and (in_pieces or q.is_cuda and q.dtype == torch.float32):  # CUDA's for float32 know no groups
         k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
     if in_pieces:
         return CausalProducts.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale).view(q.shape)  # of (B * H, T, D)

@@ -26,7 +26,7 @@ from nanop.errors import UserError, first_line
 from nanop.machine import why_not_compile
 
 KINDS = ('ddp', 'fsdp', 'hsdp')
-SHARDS_MASKS = 2, 13  # version of torch; earlier ones shard floats only, so there every rank holds whole masks
+SHARDS_MASKS = 2, 13  # the first version of torch that shards the masks of sparse layers; earlier ones shard floats only
 WHOLE = 48  # a GPU's model of up to this many layers is compiled whole: a little faster, but compile time grows with it
 
 # -----------------------------------------------------------------------------
@@ -195,13 +195,11 @@ def shard(model, kind, machine):
     # blocks gather and use their weights in machine.dtype, and reduce gradients in float32; norms, embeddings and the
     # residual stream stay in float32, as under autocast
     precision = MixedPrecisionPolicy(param_dtype=machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    masks = {p for p in model.parameters() if p.dtype == torch.bool}
-    options = dict(mesh=mesh, ignored_params=None if torch.__version__ >= SHARDS_MASKS else masks)
     for block in model.transformer.h:
         if block.attn.q_norm:
-            fully_shard([block.attn.q_norm, block.attn.k_norm], **options)
-        fully_shard([block.attn, block.mlp], mp_policy=precision, **options)
-    fully_shard(model, **options)
+            fully_shard([block.attn.q_norm, block.attn.k_norm], mesh=mesh)
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh)
 
 
 def require_shardable(config, machine):
@@ -209,6 +207,9 @@ def require_shardable(config, machine):
     if config.parallel != 'ddp' and (not dist.is_initialized() or machine.dtype == torch.float16):
         raise UserError(f"parallel='{config.parallel}' shards over the processes of torchrun (see --help) and has no "
                         "gradient scaling for float16: start it with torchrun, and with dtype=bfloat16")
+    if config.parallel != 'ddp' and config.density < 1 and torch.__version__ < SHARDS_MASKS:
+        raise UserError(f"parallel='{config.parallel}' cannot shard the masks of density={config.density} with torch "
+                        f"{torch.__version__}: use torch {'.'.join(map(str, SHARDS_MASKS))} or newer, or parallel='ddp'")
 
 
 def prepare(model, config, machine):

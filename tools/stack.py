@@ -127,20 +127,25 @@ class Stack:
         return norms
 
 
+def adamw_step(p, mean, square, kept, share1, share2, unbiased, eps, rate):
+    mean.lerp_(p.grad, share1)
+    square.lerp_(p.grad.square(), share2)
+    p.mul_(kept).sub_(mean.mul(rate).div_(square.sqrt().mul_(unbiased).add_(eps)))
+
+
+def sgd_step(p, mean, _, weight_decay, momentum, rate):
+    mean.mul_(momentum).add_(p.grad + weight_decay * p)
+    p.sub_(rate * mean)
+
+
 class StackOptimizer:
     """The optimizers of K runs, torch.optim's AdamW or SGD, as one: a step of all runs is one on (K, ...) tensors."""
 
     def __init__(self, stack, optimizers):
         groups = list(zip(*(each.param_groups for each in optimizers)))  # of every role, K
-
-        def values(key):
-            return torch.tensor([[group[key] for group in each] for each in groups], dtype=torch.float64)  # (roles, K)
-        self.lr_scale, self.weight_decay, self.steps = values('lr_scale'), values('weight_decay'), 0
-        self.momentum = self.betas = self.eps = None
-        if isinstance(optimizers[0], torch.optim.SGD):
-            self.momentum = values('momentum')
-        else:
-            self.betas, self.eps = values('betas').unbind(-1), values('eps')
+        self.steps, self.by_sgd = 0, isinstance(optimizers[0], torch.optim.SGD)
+        self.values = {key: torch.tensor([[group[key] for group in each] for each in groups], dtype=torch.float64)
+                       for key in ('lr_scale', 'weight_decay', 'eps', 'betas', 'momentum') if key in groups[0][0]}
         self.params = [[(p, torch.zeros_like(p), torch.zeros_like(p)) for name, p in stack.params.items()
                         if stack.roles[name] == each[0]['role']] for each in groups]
 
@@ -148,26 +153,19 @@ class StackOptimizer:
     def step(self, lr):
         """Take a step; `lr` lists the K learning rates before the factors of the roles."""
         self.steps += 1
-        rate, take = torch.tensor(lr, dtype=torch.float64) * self.lr_scale, self.adamw_step
-        if self.betas:
-            beta1, beta2 = self.betas
-            values = (1 - rate * self.weight_decay, 1 - beta1, 1 - beta2, (1 - beta2 ** self.steps).rsqrt(), self.eps,
-                      rate / (1 - beta1 ** self.steps))
+        known = self.values  # (roles, K) each, in float64 on the CPU
+        rate = torch.tensor(lr, dtype=torch.float64) * known['lr_scale']
+        if self.by_sgd:
+            values = known['weight_decay'], known['momentum'], rate
         else:
-            values, take = (self.weight_decay, self.momentum, rate), self.sgd_step
-        values = torch.stack(values, dim=1).to(self.params[0][0][0])  # (roles, values, K), rounded to float32 at last
+            beta1, beta2 = known['betas'].unbind(-1)
+            values = (1 - rate * known['weight_decay'], 1 - beta1, 1 - beta2, (1 - beta2 ** self.steps).rsqrt(),
+                      known['eps'], rate / (1 - beta1 ** self.steps))
+        values = torch.stack(values, dim=1).to(self.params[0][0][0])  # (roles, values, K), sent to the device at once
+        take = sgd_step if self.by_sgd else adamw_step
         for params, of_role in zip(self.params, values):
             for p, *moments in params:
                 take(p, *moments, *of_role.view(*of_role.shape, *[1] * (p.dim() - 1)))  # values (K, 1, ..)
-
-    def adamw_step(self, p, mean, square, kept, share1, share2, unbiased, eps, rate):
-        mean.lerp_(p.grad, share1)
-        square.lerp_(p.grad.square(), share2)
-        p.mul_(kept).sub_(mean.mul(rate).div_(square.sqrt().mul_(unbiased).add_(eps)))
-
-    def sgd_step(self, p, mean, _, weight_decay, momentum, rate):
-        mean.mul_(momentum).add_(p.grad + weight_decay * p)
-        p.sub_(rate * mean)
 
 
 @torch.no_grad()
@@ -211,7 +209,7 @@ def train_stack(configs):
         loss, norms = torch.stack([total, stack.clip_gradients(grad_clip, grad_scales)]).cpu()
         for k in range(K):
             if diverged_at[k] is None and not (loss[k].isfinite() and norms[k].isfinite()):
-                diverged_at[k] = step  # its steps go on, but no other run sees them
+                diverged_at[k] = step  # it takes further steps, which no other run sees
         optimizer.step([each.learning_rate * lr_fraction(config, step, steps) for each, config in zip(rates, configs)])
         for p in stack.params.values():
             p.grad.zero_()
