@@ -26,7 +26,7 @@ from nanop.errors import UserError, first_line
 from nanop.machine import why_not_compile
 
 KINDS = ('ddp', 'fsdp', 'hsdp')
-SHARDS_MASKS = 2, 13  # the first version of torch that shards the masks of sparse layers; earlier ones shard floats only
+SHARDS_MASKS = 2, 13  # the first version of torch that shards masks; earlier ones shard only floats
 WHOLE = 48  # a GPU's model of up to this many layers is compiled whole: a little faster, but compile time grows with it
 
 # -----------------------------------------------------------------------------
@@ -209,7 +209,8 @@ def require_shardable(config, machine):
                         "gradient scaling for float16: start it with torchrun, and with dtype=bfloat16")
     if config.parallel != 'ddp' and config.density < 1 and torch.__version__ < SHARDS_MASKS:
         raise UserError(f"parallel='{config.parallel}' cannot shard the masks of density={config.density} with torch "
-                        f"{torch.__version__}: use torch {'.'.join(map(str, SHARDS_MASKS))} or newer, or parallel='ddp'")
+                        f"{torch.__version__}: use torch {SHARDS_MASKS[0]}.{SHARDS_MASKS[1]} or newer, or "
+                        "parallel='ddp'")
 
 
 def prepare(model, config, machine):
