@@ -264,10 +264,10 @@ def test_sharding_needs_processes_and_for_masks_torch_2_13(tiny, monkeypatch):
         train(replace(tiny, parallel='fsdp'))
     machine = Machine(torch.device('cpu'), torch.float32)
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
-    for version, refused in ((2, 11), True), ((2, 13), False):
-        monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion('{}.{}.0'.format(*version)))
-        with pytest.raises(UserError, match='masks of density=0.5 with torch 2.11.0: use torch 2.13 or newer, or') \
-                if refused else nullcontext():
+    for version, refused in ('2.11.0', True), ('2.13.0', False):
+        monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion(version))
+        expected = f'masks of density=0.5 with torch {version}: use torch 2.13 or newer, or'
+        with pytest.raises(UserError, match=expected) if refused else nullcontext():
             parallel.require_shardable(replace(tiny, parallel='fsdp', **SUPAR), machine)
         parallel.require_shardable(replace(tiny, parallel='fsdp'), machine)
         parallel.require_shardable(replace(tiny, **SUPAR), machine)
