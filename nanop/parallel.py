@@ -223,8 +223,8 @@ def prepare(model, config, machine):
     if config.compile:
         reason = why_not_compile(machine.device)
         say(f'running without torch.compile: {reason}' if reason else 'compiling: the first steps take longer')
-        # by default torch runs what needs more than 8 graphs uncompiled: here, the parts of all layers and all models
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+        if not reason:  # all layers and all models of a process share a count of graphs; after 8 torch compiles no more
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
         for part in [] if reason else to_compile(model, machine.device.type, sharded, config.recompute):
             part.compile(dynamic=False)
     if sharded:
