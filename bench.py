@@ -107,13 +107,13 @@ def step_row(contestant, ours, config, model, product_rate, peak):
 
 def bench_step(config, bench):
     """Benchmark a training step."""
-    sequences, _, _ = split_batch(config, 1)
+    sequences, _, micro_batches = split_batch(config, 1)
     machine = set_up(config.device, config.dtype)
     if config.recompute or config.parallel != 'ddp' or machine.dtype == torch.float16:
         raise UserError('recompute=True, sharding and dtype=float16 are not benchmarked here: leave them out')
     open_dataset(config.dataset)  # reports a broken dataset before any process starts
     compiles = not why_not_compile(machine.device)
-    c = replace(config, batch_size=sequences, compile=config.compile and compiles)
+    c = replace(config, batch_size=sequences // micro_batches, compile=config.compile and compiles)
     model, vocabulary = meta_model(c)
     contestants = []
     with ExitStack() as running:
@@ -131,7 +131,8 @@ def bench_step(config, bench):
     peak = peak_flops(machine.device, machine.dtype)
     rows = [step_row(contestant, contestants[0], c, model, product_rate, peak) for contestant in contestants]
     print(f'\n{c.n_layer} layers x {c.n_embd}, {model.num_params():,} parameters, {vocabulary}; steps of '
-          f'{sequences} x {c.block_size} tokens on {machine.device}, {machine.dtype_name}')
+          f'{micro_batches} micro-batch(es) x {c.batch_size} x {c.block_size} tokens on {machine.device}, '
+          f'{machine.dtype_name}')
     print(f"matrix products of these shapes run at {si(product_rate, 'FLOP/s')}"
           + (f", the device's peak is {si(peak, 'FLOP/s')}" if peak else '') + '\n')
     print_table(rows, {

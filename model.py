@@ -26,7 +26,7 @@ import torch.nn as nn
 
 from nanop import sampling
 from nanop.errors import UserError, require, require_values
-from nanop.layers import ACTIVATIONS, ATTN_SCALES, NORMS, SparseLinear, causal_attention, cross_entropy, fill, rotate
+from nanop.layers import ACTIVATIONS, ATTN_SCALES, NORMS, CrossEntropy, SparseLinear, causal_attention, fill, rotate
 from nanop.optimizers import optimizer_by_name
 
 
@@ -311,7 +311,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config.n_embd, config.norm_gain, config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head, self.cross_entropy = nn.Linear(config.n_embd, config.vocab_size, bias=False), CrossEntropy()
         self.input_mult = config.input_mult * config.rules['embedding'].forward
         self.output_mult = config.output_mult * config.rules['unembedding'].forward
         self.init_weights(generator)
@@ -378,7 +378,7 @@ class GPT(nn.Module):
         """Token ids (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss in nats per token, over
         targets that are not -1)."""
         logits = self.unembed(self.features(idx))
-        return (logits, None) if targets is None else (None, cross_entropy(logits, targets))
+        return (logits, None) if targets is None else (None, self.cross_entropy(logits, targets))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Token ids (B, T) -> (B, T + max_new_tokens). Call eval() first; `generator` lives on the model's device."""

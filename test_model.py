@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from configurator import configure
 from model import GPT, OPTIMIZERS, PARAMETERIZATIONS, ROLES, GPTConfig, role_of
-from nanop import run_log
+from nanop import run_log, sampling
 from nanop.huggingface import from_hf
 from nanop.layers import LOGITS, SparseLinear, alibi_slopes, causal_attention, cross_entropy, flex_alibi, gelu
 from nanop.machine import flops_per_token
@@ -609,6 +610,27 @@ def test_alibi_by_flex_attention_is_alibi_by_a_mask(kv_heads, monkeypatch):
     assert not torch.allclose(causal_attention(q, k, v, 0.3), expected, atol=1e-2)  # without ALiBi the result differs
 
 
+def test_layers_share_one_alibi_mask(monkeypatch):
+    """An uncompiled model keeps one mask for its backward, not one in each layer."""
+    masks, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, mask, *rest, **options: masks.append(mask) or
+                        attention(q, k, v, mask, *rest, **options))
+    make(n_layer=3, pos='alibi')(*batch())
+    assert masks[0].shape == (2, 16, 16) and len(masks) == 3 and all(mask is masks[0] for mask in masks)
+
+
+@pytest.mark.parametrize('dtype, kv_heads', [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_shared_keys_have_a_kernel_on_cuda(dtype, kv_heads, monkeypatch):
+    """In float32 no kernel of CUDA knows groups of query heads, so keys are repeated. Shapes only, without a GPU."""
+    seen = []
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, *_, enable_gqa, **__: seen.extend(
+        (k.size(1), enable_gqa)) or q)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, heads, 8, 16, dtype=dtype, device='cuda') for heads in (4, 2))
+        causal_attention(q, k, k, 0.3)
+    assert seen == [kv_heads, kv_heads == 2]
+
+
 @pytest.mark.parametrize('n_head, exponents', [
     (1, [1]), (2, [1, 8]), (3, [1, 4.5, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8]),  # fewer than 8 heads keep the range of 8
     (16, [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8])])  # the paper's
@@ -726,6 +748,17 @@ def test_density_one_has_no_masks():
 
 # -----------------------------------------------------------------------------
 # Sampling
+
+
+def test_sampling_is_without_cudnn(monkeypatch):
+    """cuDNN would make a plan for every number of keys. What the caller does between two tokens is as he set it."""
+    model, seen = make(), []
+    features = model.features
+    monkeypatch.setattr(model, 'features', lambda ids: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or
+                        features(ids))
+    for _ in sampling.stream(model.eval(), batch(B=1)[0][:, :3], 4):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == [False] * 4
 
 
 def test_generate_never_samples_padding():

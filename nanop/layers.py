@@ -5,6 +5,7 @@ Attention and cross-entropy are PyTorch's own, except in bf16 on a CPU. There bo
 cache: attention as plain matrix products, the loss without a float32 copy of all logits.
 """
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -83,11 +84,14 @@ def alibi_slopes(n_head, device):
     return 2.0 ** -torch.linspace(8 / max(n_head, 8), 8, n_head, device=device)
 
 
-def alibi_mask(n_head, T, keys, device):
+def alibi_mask(n_head, T, keys, device, dtype):
     """Bias (H, T, keys) for the logits of the last T positions: -slope * distance, and -inf for the future."""
     distance = torch.arange(keys - T, keys, device=device)[:, None] - torch.arange(keys, device=device)  # (T, keys)
     mask = -alibi_slopes(n_head, device)[:, None, None] * distance
-    return mask.masked_fill(distance < 0, -math.inf)
+    return mask.masked_fill(distance < 0, -math.inf).to(dtype)
+
+
+shared_alibi_mask = lru_cache(maxsize=1)(alibi_mask)  # the layers keep one for their backward, not one each
 
 
 def flex_alibi(q, k, v, scale):
@@ -108,13 +112,15 @@ def causal_attention(q, k, v, scale, dropout=0.0, alibi=False):
     assert T in (1, keys), f'{T} queries for {keys} keys: expected one query, or one for each key'
     if alibi and T > 1 and not dropout and q.is_cuda and q.size(-1) >= 16 and torch.compiler.is_compiling():
         return flex_alibi(q, k, v, scale)
-    if in_bf16_on_cpu(q) and not alibi and not dropout and T > 1:
-        if H != kv_heads:
-            k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
+    in_pieces = in_bf16_on_cpu(q) and not alibi and not dropout and T > 1
+    if H != kv_heads and (in_pieces or q.is_cuda and q.dtype == torch.float32):  # CUDA's for float32 know no groups
+        k, v = (x.repeat_interleave(H // kv_heads, dim=1) for x in (k, v))
+    if in_pieces:
         return CausalProducts.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale).view(q.shape)  # of (B * H, T, D)
-    mask = alibi_mask(H, T, keys, q.device).to(q.dtype) if alibi else None
+    make_mask = alibi_mask if torch.compiler.is_compiling() else shared_alibi_mask
+    mask = make_mask(H, T, keys, q.device, q.dtype) if alibi else None
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1 and not alibi, scale=scale,
-                                          enable_gqa=H != kv_heads)
+                                          enable_gqa=H != k.size(1))
 
 
 class CausalProducts(torch.autograd.Function):
@@ -161,6 +167,13 @@ def cross_entropy(logits, targets):
     if in_bf16_on_cpu(logits):
         return CrossEntropyInPlace.apply(logits, targets, torch.is_grad_enabled() and logits.requires_grad)
     return F.cross_entropy(logits, targets, ignore_index=-1)
+
+
+class CrossEntropy(nn.Module):
+    """cross_entropy() as a module, which can be compiled by itself."""
+
+    def forward(self, logits, targets):
+        return cross_entropy(logits, targets)
 
 
 class CrossEntropyInPlace(torch.autograd.Function):

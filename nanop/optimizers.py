@@ -10,15 +10,15 @@ from nanop.errors import import_optional
 
 
 def orthogonalized(x, eps):
-    """The matrix x (M, N) with all its singular values moved to about 1 (0.7 to 1.2), in bf16."""
+    """The matrices x (N, d_out, d_in) with all their singular values moved to about 1 (0.7 to 1.2), in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315  # of torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
-    tall = x.size(0) > x.size(1)
-    y = x.bfloat16().T if tall else x.bfloat16()
-    y = y / y.norm().clamp(min=eps)
+    tall = x.size(1) > x.size(2)
+    y = x.bfloat16().mT if tall else x.bfloat16()
+    y = y / y.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
     for _ in range(5):
-        square = y @ y.T
-        y = torch.addmm(y, torch.addmm(square, square, square, beta=b, alpha=c), y, beta=a)
-    return y.T if tall else y
+        square = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
 
 
 class Muon(torch.optim.AdamW):
@@ -34,6 +34,7 @@ class Muon(torch.optim.AdamW):
         assert closure is None, 'closures are not supported'
         groups = self.param_groups
         for group in groups:
+            alike = defaultdict(list)  # on a GPU, which one matrix does not fill, those of one shape; else each alone
             for p, rows in zip(group['params'], group.get('rows', ())):
                 if p.grad is None:
                     continue
@@ -44,8 +45,12 @@ class Muon(torch.optim.AdamW):
                 update = p.grad.lerp(state['exp_avg'].lerp_(p.grad, 1 - beta), beta)  # Nesterov momentum
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 for w, u in zip(p.split(rows), update.split(rows)):
-                    size = math.sqrt(w.size(0) / w.size(1))
-                    w.add_(orthogonalized(u, group['eps'] / size), alpha=-group['lr'] * size)
+                    alike[w.shape if w.is_cuda else len(alike)].append((w, u.bfloat16()))
+            for matrices in alike.values():
+                weights, updates = zip(*matrices)
+                size = math.sqrt(weights[0].size(0) / weights[0].size(1))
+                for w, u in zip(weights, orthogonalized(torch.stack(updates), group['eps'] / size)):
+                    w.add_(u, alpha=-group['lr'] * size)
         self.param_groups = [group for group in groups if 'rows' not in group]
         super().step()
         self.param_groups = groups

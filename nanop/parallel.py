@@ -26,6 +26,7 @@ from nanop.errors import UserError, first_line
 from nanop.machine import why_not_compile
 
 KINDS = ('ddp', 'fsdp', 'hsdp')
+SHARDS_MASKS = 2, 13  # the first version of torch that shards masks; earlier ones shard only floats
 WHOLE = 48  # a GPU's model of up to this many layers is compiled whole: a little faster, but compile time grows with it
 
 # -----------------------------------------------------------------------------
@@ -170,18 +171,18 @@ def recompute(model):
 
 
 def to_compile(model, device_type, sharded=False, recompute=False):
-    """The modules to give to torch.compile: on a GPU the whole model, on a CPU its blocks, or else the parts of blocks.
+    """The modules to give to torch.compile: on a GPU the whole model, on a CPU and in a deep model its blocks, which
+    share one graph. On a CPU this is as fast as the whole model and compiles in half the time.
 
-    All blocks share one graph. On a CPU this is as fast as the whole model and compiles in half the time, and the
-    loss keeps its loop, which would be unrolled. Sharded blocks break the graph where they are gathered, and recomputed
-    blocks run uncompiled; then, and in a deep model on a GPU, their attention and MLP are compiled, two graphs.
+    Sharded blocks break the graph where they are gathered, and recomputed blocks run uncompiled; then their attention
+    and MLP are compiled, two graphs. On a GPU the loss is compiled in any case, or it would keep the logits in float32;
+    on a CPU it keeps its loop, which would be unrolled.
     """
-    blocks = model.transformer.h
-    if device_type == 'cpu' and not sharded and not recompute:
-        return list(blocks)
-    if device_type != 'cpu' and not sharded and len(blocks) <= WHOLE:
+    blocks, on_cpu = model.transformer.h, device_type == 'cpu'
+    if not on_cpu and not sharded and len(blocks) <= WHOLE:
         return [model]
-    return [part for block in blocks for part in (block.attn, block.mlp)]
+    parts = [part for block in blocks for part in (block.attn, block.mlp)] if sharded or recompute else list(blocks)
+    return parts if on_cpu else [*parts, model.cross_entropy]
 
 
 def shard(model, kind, machine):
@@ -206,16 +207,24 @@ def require_shardable(config, machine):
     if config.parallel != 'ddp' and (not dist.is_initialized() or machine.dtype == torch.float16):
         raise UserError(f"parallel='{config.parallel}' shards over the processes of torchrun (see --help) and has no "
                         "gradient scaling for float16: start it with torchrun, and with dtype=bfloat16")
+    if config.parallel != 'ddp' and config.density < 1 and torch.__version__ < SHARDS_MASKS:
+        raise UserError(f"parallel='{config.parallel}' cannot shard the masks of density={config.density} with torch "
+                        f"{torch.__version__}: use torch {SHARDS_MASKS[0]}.{SHARDS_MASKS[1]} or newer, or "
+                        "parallel='ddp'")
 
 
 def prepare(model, config, machine):
     """Put a model on its device as the config asks: recomputed, compiled, sharded."""
     sharded = config.parallel != 'ddp'
+    # in torch 2.11 cuDNN's attention rounds the rate of dropout to 1/16
+    torch.backends.cuda.enable_cudnn_sdp(config.dropout * 16 % 1 == 0)
     if config.recompute:
         recompute(model)
     if config.compile:
         reason = why_not_compile(machine.device)
         say(f'running without torch.compile: {reason}' if reason else 'compiling: the first steps take longer')
+        if not reason:  # all layers and all models of a process share a count of graphs; after 8 torch compiles no more
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
         for part in [] if reason else to_compile(model, machine.device.type, sharded, config.recompute):
             part.compile(dynamic=False)
     if sharded:

@@ -36,9 +36,12 @@ def stream(model, ids, max_new_tokens, temperature=1.0, top_k=None, generator=No
             caches, new = [KeyValueCache(c.block_size) for _ in layers], ids[:, -c.block_size:]
         for layer, cache in zip(layers, caches):
             layer.cache = cache
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every number of keys, up to 0.4 s each
         try:
             logits = model.unembed(model.features(new)[:, -1]).float()  # (B, V)
         finally:  # the caller may use the model between two tokens
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             for layer in layers:
                 layer.cache = None
         if not logits.isfinite().all():

@@ -1,5 +1,6 @@
 """Tests of bench.py: the plan against figures by hand, against what autograd saves and against a run; benchmarks."""
 import platform
+import queue
 import re
 import shutil
 import subprocess
@@ -15,10 +16,12 @@ import sweep
 from bench import BenchConfig, append, bench_prepare, bench_sample, bench_step, bench_sweep, read_bench
 from model import GPT, GPTConfig
 from nanop import parallel
+from nanop.dataset import Dataset
 from nanop.errors import UserError
-from nanop.machine import flops_per_token
+from nanop.machine import Machine, flops_per_token
+from tools.bench_worker import PARTS, timed_steps
 from tools.contestants import contestants_of, print_table, timed
-from tools.plan import activation_bytes, measure_memory, memory, meta_model, print_plan, si, traffic
+from tools.plan import activation_bytes, measure_memory, memory, meta_model, print_plan, run_and_measure, si, traffic
 from train import TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,12 +43,21 @@ def test_the_deep_model_of_the_paper_on_64_gpus(capsys):
     model, _ = meta_model(config)
     rows = memory(model, config, settings, 2)
     assert rows['weights'] == pytest.approx(4 * P / 64) and rows['optimizer state'] == pytest.approx(8 * P / 64)
-    assert rows['activations'] == pytest.approx(8 * 2048 * (179 * 36 * 832 + 6 * 832 + 10 * 50304))
+    assert rows['activations'] == pytest.approx(4 * 2048 * (179 * 36 * 832 + 6 * 832 + 10 * 50304))
     assert rows['activations, --recompute=True'] == pytest.approx(
-        8 * 2048 * (179 * 4 * 832 + 36 * 832 + 6 * 832 + 10 * 50304))
-    # sent: the blocks' weights twice in bf16, the root's weights and all gradients once in float32; 1/64 stays on a GPU
-    sent = (2 * 2 * P_block + 4 * (P - P_block) + 4 * P) * 63 / 64
+        4 * 2048 * (179 * 4 * 832 + 36 * 832 + 6 * 832 + 10 * 50304))
+    # sent in each of two micro-batches: the blocks' weights twice in bf16, the root's weights and all gradients once in
+    # float32; 1/64 stays on a GPU
+    sent = 2 * (2 * 2 * P_block + 4 * (P - P_block) + 4 * P) * 63 / 64
     assert traffic(model, config, settings, 2) == pytest.approx(sent)
+
+
+def test_the_deep_model_fits_the_hardware_that_its_config_names():
+    """8 GPUs with 80 GB, without recomputation."""
+    settings, config = read_bench([*DEEP[:1], '--plan', '--vocab_size=50304', '--gpus=8', '--parallel=fsdp'])
+    assert not config.recompute
+    rows = memory(meta_model(config)[0], config, settings, 2)
+    assert 45e9 < sum(rows.values()) - rows['activations, --recompute=True'] < 60e9
 
 
 def test_memory_and_traffic_by_kind_of_parallelism():
@@ -105,6 +117,19 @@ def test_the_plan_holds_for_a_run(data_dir, capsys, monkeypatch):
     planned, measured = measure_memory(config, BenchConfig())
     assert planned == pytest.approx(measured, rel=0.1)
     assert re.search(r'3 steps on cpu, float32, \d+ s: peak .*B, planned .*B: off by [+-]\d+%', capsys.readouterr().out)
+
+
+def test_on_cuda_the_plan_is_compared_with_what_the_run_takes(monkeypatch):
+    """What the tiny model has freed is no part of the libraries' memory. A fake device counts, no CUDA runs."""
+    device = dict(kept=8, peak=0)  # GB: a workspace that stays
+    monkeypatch.setattr('tools.plan.pick_device', lambda name: torch.device('cuda'))
+    monkeypatch.setattr('tools.plan.train',
+                        lambda config: device.update(peak=device['kept'] + (3 if config.n_layer == 1 else 20)))
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda _: device['peak'])
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda _: device.update(peak=device['kept']))
+    answers = queue.Queue()
+    run_and_measure(TrainConfig(), 3, answers)
+    assert answers.get() == 20
 
 
 def run_main(monkeypatch, *args):
@@ -242,6 +267,26 @@ def test_a_step_beside_a_peer(data_dir, peer, monkeypatch, tmp_path, capsys):
     lines = (tmp_path / 'new' / 'steps.csv').read_text().splitlines()
     assert len(lines) == 9 and lines[0].startswith('commit,torch,shape,contestant,tokens_per_s')
     assert lines[1] == lines[5] and torch.__version__ in lines[1]
+
+
+@pytest.mark.parametrize('batch_size, sizes', [(32, [4]), (2, [2, 2])])
+def test_a_step_is_taken_in_micro_batches(data_dir, monkeypatch, batch_size, sizes):
+    """A step of many tokens needs the memory of one micro-batch, as in train.py, and is the same step."""
+    told, seen, weight = [], [], torch.ones((), requires_grad=True)
+    monkeypatch.setattr('bench.contestants_of', lambda config, *others: told.append(config) or [])
+    with pytest.raises(StopIteration):  # there is no contestant
+        bench_step(TrainConfig(dataset=data_dir, batch_size=batch_size, **TINY), BenchConfig())
+
+    def model(inputs, targets):
+        seen.append(inputs)
+        return None, weight * inputs.float().mean()
+
+    def take_step(losses):
+        for loss in losses:
+            loss.backward()
+    steps = timed_steps(told[0], Dataset(data_dir), Machine(torch.device('cpu'), torch.float32), model, take_step)
+    assert len(next(steps)) == len(PARTS) and [len(inputs) for inputs in seen] == sizes
+    assert weight.grad.item() == pytest.approx(torch.cat(seen).float().mean().item())
 
 
 def test_a_peer_that_cannot_be_compared_is_a_line(data_dir, peer, monkeypatch):

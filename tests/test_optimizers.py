@@ -58,8 +58,8 @@ def test_eps_of_muon_is_for_the_whole_matrix():
         p = torch.nn.Parameter(torch.zeros(shape))
         p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         Muon([dict(params=[p], rows=[[shape[0]]], lr=1.0, weight_decay=0.0, eps=100.0)], betas=(0.0, 0.95)).step()
-        assert torch.equal(-p.detach(), size * orthogonalized(p.grad, 100.0 / size).float())
-        assert not torch.equal(-p.detach(), size * orthogonalized(p.grad, 100.0).float())
+        assert torch.equal(-p.detach(), size * orthogonalized(p.grad[None], 100.0 / size)[0].float())
+        assert not torch.equal(-p.detach(), size * orthogonalized(p.grad[None], 100.0)[0].float())
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -91,11 +91,28 @@ def test_a_role_without_a_rule_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize('shape', [(32, 32), (64, 16), (16, 64)])
 def test_orthogonalized_matrices(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalized(x, 1e-7).float())
     assert 0.6 < values.min() and values.max() < 1.3
     assert torch.equal(orthogonalized(1024 * x, 1e-7), orthogonalized(x, 1e-7))
     assert not orthogonalized(0 * x, 1e-7).any()
+
+
+def test_matrices_of_one_shape_are_orthogonalized_at_once_on_a_gpu(monkeypatch):
+    """As bits, they are what they are one by one, and there are as many products as shapes: here, of three layers."""
+    def moved():
+        model, calls = make(n_layer=3, n_kv_head=1), []
+        monkeypatch.setattr('nanop.optimizers.orthogonalized', lambda x, eps: calls.append(x.shape) or
+                            orthogonalized(x, eps))
+        train_steps(model, model.configure_optimizers(0.1, 0.01, (0.9, 0.95), 1e-8, 'cpu', 'muon'), 2)
+        return dict(model.named_parameters()), calls
+    alone, one_by_one = moved()
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    at_once, by_shape = moved()
+    assert all(torch.equal(p, at_once[name]) for name, p in alone.items())
+    assert {shape[0] for shape in one_by_one} == {1} and len(one_by_one) == 2 * 3 * 6  # q, k, v, 3 others
+    # 32 x 32: of hidden_weight q, of residual_proj the attention's; 16 x 32: of kv_weight k and v
+    assert sorted(by_shape[:len(by_shape) // 2]) == [(3, 32, 32), (3, 32, 32), (3, 32, 128), (3, 128, 32), (6, 16, 32)]
 
 
 @pytest.mark.parametrize('shape', [(32, 32), (64, 16)])  # where PyTorch's factor is sqrt(d_out / d_in), too

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from nanop import checkpoint, parallel, run_log
 from nanop.errors import UserError
 from nanop.files import lock
@@ -75,6 +76,7 @@ def assert_same_curve(a, b, rounding=1):
         torch.testing.assert_close(theirs[name], value, rtol=1e-3 * rounding, atol=1e-4 * rounding)
 
 
+SHARDS_MASKS = pytest.mark.skipif(torch.__version__ < parallel.SHARDS_MASKS, reason='this torch shards no masks')
 SUPAR = dict(parameterization='completep_supar', density=0.5)
 
 
@@ -82,7 +84,7 @@ SUPAR = dict(parameterization='completep_supar', density=0.5)
     ('ddp', dict(parameterization='completep')), ('ddp', SUPAR), ('ddp', dict(optimizer='muon')),
     ('fsdp', dict(optimizer='sgd', clip_norm='scaled', qk_norm=True, norm='rmsnorm', n_kv_head=1, pos='rope',
                   activation='relu2')),
-    ('fsdp', dict(tie_weights=True, recompute=True, **SUPAR))])
+    pytest.param('fsdp', dict(tie_weights=True, recompute=True, **SUPAR), marks=SHARDS_MASKS)])
 def test_two_processes_train_the_curve_of_one(tiny, tmp_path, kind, changes):
     one = replace(tiny, **{**changes, 'recompute': False})
     train(one)
@@ -111,6 +113,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@SHARDS_MASKS
 def test_two_hosts_shard_within_and_copy_between(tiny, tmp_path):
     """hsdp on two torchruns of two processes each, which join as two machines would."""
     one = replace(tiny, batch_size=1, **SUPAR)
@@ -128,6 +131,7 @@ def test_two_hosts_shard_within_and_copy_between(tiny, tmp_path):
     assert shapes == [[64, 32]] * 2  # halves, not quarters, and each half is saved once
 
 
+@SHARDS_MASKS
 @pytest.mark.parametrize('others', [[(1, 'ddp')], pytest.param([(1, 'ddp'), (4, 'fsdp')], marks=pytest.mark.slow)],
                          ids=['one', 'one_and_four'])
 def test_a_run_on_two_goes_on_on_one_and_on_four(tiny, tmp_path, others):
@@ -154,8 +158,9 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('changes', [dict(parameterization='completep'), dict(tie_weights=True, **SUPAR),
-                                     dict(qk_norm=True, n_kv_head=2)])
+@pytest.mark.parametrize('changes', [
+    dict(parameterization='completep'), dict(qk_norm=True, n_kv_head=2),
+    pytest.param(dict(tie_weights=True, **SUPAR), marks=SHARDS_MASKS)])
 def test_sharding_keeps_values_roles_and_hyperparameters(group, monkeypatch, changes):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
     config = GPTConfig(block_size=16, vocab_size=63, n_layer=4, n_embd=64, head_dim=16, base_n_layer=1, base_n_embd=16,
@@ -212,7 +217,7 @@ def test_the_layers_of_a_deep_model_share_their_graphs(recompute):
         torch.compiler.reset()
         config = GPTConfig(block_size=4, vocab_size=5, n_embd=4, head_dim=2, **shape)
         model, graphs, idx = GPT(config), [], torch.zeros(1, 4, dtype=torch.long)
-        expected = model(idx)[0]
+        expected = model(idx, idx)[1]
         if recompute:
             parallel.recompute(model)
 
@@ -221,16 +226,51 @@ def test_the_layers_of_a_deep_model_share_their_graphs(recompute):
             return graph.forward
         for part in parallel.to_compile(model, device_type, recompute=recompute):
             part.compile(dynamic=False, fullgraph=True, backend=backend)
-        torch.testing.assert_close(model(idx)[0], expected)
+        torch.testing.assert_close(model(idx, idx)[1], expected)
         return ['lm_head' in graph.code for graph in graphs]
     assert compiled_graphs('cpu', n_layer=3) == ([False, False] if recompute else [False])
     assert compiled_graphs('cuda', n_layer=3) == [True]
-    assert compiled_graphs('cuda', n_layer=parallel.WHOLE + 1) == [False, False]
+    # a deep model: its blocks or their parts, and the loss
+    assert compiled_graphs('cuda', n_layer=parallel.WHOLE + 1) == ([False] * 3 if recompute else [False] * 2)
 
 
-def test_sharding_needs_processes(tiny):
+def test_what_is_compiled_stays_compiled_for_any_number_of_shapes(monkeypatch):
+    """By default torch runs a ninth graph uncompiled, with no more than a warning."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(Block, 'compile', lambda self, **kwargs: compile_block(self, backend='eager', **kwargs))
+    monkeypatch.setattr(parallel, 'why_not_compile', lambda device: None)
+    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    torch.compiler.reset()
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_embd=4, head_dim=2, n_layer=1))
+    parallel.prepare(model, TrainConfig(vocab_size=5), Machine(torch.device('cpu'), torch.float32))
+    for B in range(2, 12):
+        model(torch.zeros(B, 4, dtype=torch.long))
+    assert counters['stats']['unique_graphs'] == 10
+
+
+@pytest.mark.parametrize('dropout, cudnn', [(0.0, True), (0.125, True), (0.2, False)])
+def test_cudnn_attends_only_with_a_rate_of_dropout_that_it_keeps(dropout, cudnn):
+    """torch 2.11 rounds the rate to 1/16 there. The choice is torch's own setting, which a CPU has, too."""
+    config = TrainConfig(vocab_size=5, n_embd=8, head_dim=8, dropout=dropout, compile=False)
+    parallel.prepare(GPT(GPTConfig.of(config)), config, Machine(torch.device('cpu'), torch.float32))
+    assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_sharding_needs_processes_and_for_masks_torch_2_13(tiny, monkeypatch):
     with pytest.raises(UserError, match="parallel='fsdp' shards over the processes of torchrun"):
         train(replace(tiny, parallel='fsdp'))
+    machine = Machine(torch.device('cpu'), torch.float32)
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    for version, refused in ('2.11.0', True), ('2.13.0', False):
+        monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion(version))
+        expected = f'masks of density=0.5 with torch {version}: use torch 2.13 or newer, or'
+        with pytest.raises(UserError, match=expected) if refused else nullcontext():
+            parallel.require_shardable(replace(tiny, parallel='fsdp', **SUPAR), machine)
+        parallel.require_shardable(replace(tiny, parallel='fsdp'), machine)
+        parallel.require_shardable(replace(tiny, **SUPAR), machine)
     with pytest.raises(UserError, match="parallel='dp' is not allowed: use one of ddp, fsdp, hsdp"):
         replace(tiny, parallel='dp')
 

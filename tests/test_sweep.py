@@ -22,16 +22,19 @@ import torch
 
 from configurator import configure
 from model import PARAMETERIZATIONS, Block
+from nanop.dataset import open_dataset
 from nanop.errors import UserError
+from nanop.layers import causal_attention
+from nanop.machine import Machine
 from nanop.terminal import STOP_SIGNALS
 from sweep import TUNED, SweepConfig, main, read_sweep
 from tools import sweep_queue
-from tools.stack import stack_size, train_stack, why_not_stack
+from tools.stack import Stack, stack_size, train_stack, why_not_stack
 from tools.sweep_files import read_facts, read_trials, write_trials
 from tools.sweep_points import TYPES, Sweep, digest, random_settings
 from tools.sweep_queue import data_facts, enqueue, open_datasets, open_study, trials_of
 from tools.sweep_report import SweepReport, compare, curve_of, optimum
-from train import TrainConfig, num_steps, train
+from train import TrainConfig, build_model, num_steps, train
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPLETE, RUNNING, WAITING = (getattr(optuna.trial.TrialState, name) for name in ('COMPLETE', 'RUNNING', 'WAITING'))
@@ -109,6 +112,27 @@ def test_stacked_runs_are_single_runs(tiny, changes, steps=15):
             assert summary['last_train_loss'] == pytest.approx(alone['last_train_loss'], abs=1e-4)
     assert stacked[1]['diverged_at'] is not None and stacked[1]['val_loss'] == math.inf
     assert len({round(summary['val_loss'], 4) for summary in stacked}) == 5  # the runs differ
+
+
+@pytest.mark.parametrize('changes', STACKED)
+def test_stacked_runs_multiply_in_bf16_and_name_their_attention(tiny, changes, monkeypatch):
+    """With a bias, torch's vmap and autocast together leave float32, whose attention has no backward on CUDA."""
+    seen, backends = [], torch.backends.cuda
+
+    def attention(q, k, v, scale, dropout, alibi):
+        seen.extend(x.dtype for x in (q, k, v))
+        assert backends.flash_sdp_enabled() and backends.math_sdp_enabled()
+        assert not backends.mem_efficient_sdp_enabled() and not backends.cudnn_sdp_enabled()
+        return causal_attention(*(x.float() for x in (q, k, v)), scale, dropout, alibi).to(q.dtype)
+    monkeypatch.setattr('model.causal_attention', attention)  # ours for bf16 on a CPU has no batched form, nor the loss
+    monkeypatch.setattr('nanop.layers.in_bf16_on_cpu', lambda x: False)
+    c = TrainConfig(**{**tiny, 'base_n_embd': 16, **changes})
+    data = open_dataset(c.dataset)
+    stack, batch = Stack([build_model(c, data) for _ in range(3)]), data.batch('train', [0, 8], 16, torch.device('cpu'))
+    losses = stack.losses([batch] * 3, Machine(torch.device('cpu'), torch.bfloat16))
+    losses.sum().backward()
+    assert set(seen) == {torch.bfloat16} and losses.isfinite().all() and backends.cudnn_sdp_enabled()
+    assert all(p.grad.any() for p in stack.params.values())
 
 
 @pytest.mark.slow

@@ -59,27 +59,30 @@ def remove_multipliers(model):
 
 
 def timed_steps(c, data, machine, model, take_step):
-    """Yield the seconds of the PARTS of each training step; take_step(losses) back-propagates and updates."""
-    times, sequences = [], c.batch_tokens // c.block_size
+    """Yield the seconds of the PARTS of each training step, summed over its micro-batches; take_step(losses)
+    back-propagates and updates."""
+    times, sequences = [], c.batch_tokens // c.block_size  # in micro-batches of c.batch_size
 
     def tick():
         times.append(synchronized_time(machine.device))
 
     def losses(step):
         starts = data.train_starts(c.seed, step, sequences, c.block_size)
-        inputs, targets = data.batch('train', starts, c.block_size, machine.device)
-        tick()
-        with machine.autocast():
-            loss = model(inputs, targets)[1]
-        tick()
-        yield loss
-        tick()  # the backward has run
+        for first in range(0, sequences, c.batch_size):
+            inputs, targets = data.batch('train', starts[first:first + c.batch_size], c.block_size, machine.device)
+            tick()
+            with machine.autocast():
+                loss = model(inputs, targets)[1] / (sequences // c.batch_size)
+            tick()
+            yield loss
+            tick()  # the backward has run
     for step in itertools.count():
         times.clear()
         tick()
         take_step(losses(step))
         tick()
-        yield [end - start for start, end in zip(times, times[1:])]
+        *by_micro_batch, optimizer_s = [end - start for start, end in zip(times, times[1:])]
+        yield [*(sum(by_micro_batch[part::3]) for part in range(3)), optimizer_s]
 
 
 # The kinds of contestants. Each returns (number of parameters, iterator of the seconds of each step's parts).
@@ -130,7 +133,8 @@ def products(c, data, machine):
     linears = [module for module in our_model(c, data).modules() if isinstance(module, torch.nn.Linear)]
     weights = [linear.weight.detach().to(machine.device, machine.dtype) for linear in linears]
     def noise(size):
-        return torch.randn(c.batch_tokens, size, device=machine.device).to(machine.dtype)
+        return torch.randn(c.batch_size * c.block_size, size, device=machine.device).to(machine.dtype)
+    micro_batches = c.batch_tokens // c.block_size // c.batch_size
     inputs = [noise(linear.in_features) for linear in linears]
     grads = [noise(linear.out_features) for linear in linears]  # of the outputs
     forward = [(x, w.T) for x, w in zip(inputs, weights)]
@@ -140,7 +144,7 @@ def products(c, data, machine):
         while True:
             times = [synchronized_time(machine.device)]
             for pairs in (forward, backward):
-                for a, b in pairs:
+                for a, b in pairs * micro_batches:
                     a @ b
                 times.append(synchronized_time(machine.device))
             yield [0.0, times[1] - times[0], times[2] - times[1], 0.0]

@@ -3,7 +3,7 @@ Trains several runs of one shape as one batched model, so that tiny models fill 
 
 The runs may differ in everything that is a number to the model or the optimizer: learning rate, weight decay, eps,
 betas, schedule, init, multipliers, parameterization, seed. Weights, gradients and batches have a leading dimension K,
-one entry per run. The parameters of each run's own model are views into them, and its own optimizer takes its steps.
+one entry per run. The parameters of each run's own model are views into them.
 """
 import math
 import time
@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 import torch
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig, role_of
 from nanop.dataset import Dataset
@@ -22,6 +23,7 @@ DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
              'base_head_dim', 'base_n_kv_head', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac',
              'weight_decay_mode', 'muon_mult', 'base_batch_tokens', 'base_train_tokens', 'rescale', 'clip_norm')
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the attention that has a backward under vmap on CUDA
 UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where only the dataset knows and it is not here
 
 
@@ -72,11 +74,11 @@ class Stack:
         stacked, _ = stack_module_state(models)
         self.params = {name: p for name, p in stacked.items() if p.requires_grad}
         self.masks = {name: p for name, p in stacked.items() if not p.requires_grad}  # of sparse layers
+        self.roles = {name: role_of(name) for name in self.params}
         for name, p in self.params.items():
             p.grad = torch.zeros_like(p)
             for k, model in enumerate(models):
-                own = model.get_parameter(name)
-                own.data, own.grad = p.data[k], p.grad[k]
+                model.get_parameter(name).data = p.data[k]
         with torch.device('meta'):
             self.shared = GPT(replace(models[0].config, tie_weights=False))
         self.shared.input_mult = self.shared.output_mult = 1.0
@@ -92,8 +94,10 @@ class Stack:
                    'transformer.wpe': inputs, 'lm_head': [model.output_mult for model in models]}
         self.factors = {end: torch.tensor(values, device=p.device) for end, values in factors.items()}
 
-    def multiplied_params(self):
-        """`params` times their factors, so that the shared model computes what each of the K computes."""
+    def multiplied_params(self, dtype):
+        """`params` times their factors, so that the shared model computes what each of the K computes. Biases of linear
+        layers are in `dtype`: under vmap autocast leaves them in float32, and with them what they are added to (pytorch
+        #192617)."""
         params = dict(self.params)
         if self.models[0].config.tie_weights:
             params['lm_head.weight'] = params['transformer.wte.weight']
@@ -102,23 +106,66 @@ class Stack:
             for end, factor in self.factors.items():
                 if module.endswith(end):
                     params[name] = p * factor.view(*factor.shape, *[1] * (p.dim() - factor.dim()))
+            if self.roles.get(name, '').endswith('_bias'):
+                params[name] = params[name].to(dtype)
         return params
 
     def losses(self, batches, machine):
         """Mean losses (K,) of K batches, each a pair of inputs (B, T) and targets (B, T)."""
         inputs, targets = (torch.stack(each) for each in zip(*batches))  # (K, B, T)
-        with machine.autocast():
+        with machine.autocast(), sdpa_kernel(KERNELS):
             return vmap(lambda weights, x, y: functional_call(self.shared, weights, (x, y))[1])(
-                self.multiplied_params() | self.masks, inputs, targets)
+                self.multiplied_params(machine.dtype) | self.masks, inputs, targets)
 
     def clip_gradients(self, largest, grad_scales):
         """nanop.optimizers.clip_gradients with `largest` (K,) and {role: (K,)}. Returns the norms (K,)."""
-        norms = sum(p.grad.flatten(1).square().sum(1) * grad_scales[role_of(name)].square()
+        norms = sum(p.grad.flatten(1).square().sum(1) * grad_scales[self.roles[name]].square()
                     for name, p in self.params.items()).sqrt()
         scales = (largest / (norms + 1e-6)).clamp(max=1.0)
         for p in self.params.values():
             p.grad.mul_(scales.view(-1, *[1] * (p.dim() - 1)))
         return norms
+
+
+def adamw_step(p, mean, square, kept, share1, share2, unbiased, eps, rate):
+    mean.lerp_(p.grad, share1)
+    square.lerp_(p.grad.square(), share2)
+    p.mul_(kept).sub_(mean.mul(rate).div_(square.sqrt().mul_(unbiased).add_(eps)))
+
+
+def sgd_step(p, mean, _, weight_decay, momentum, rate):
+    mean.mul_(momentum).add_(p.grad + weight_decay * p)
+    p.sub_(rate * mean)
+
+
+class StackOptimizer:
+    """The optimizers of K runs, torch.optim's AdamW or SGD, as one: a step of all runs is one on (K, ...) tensors."""
+
+    def __init__(self, stack, optimizers):
+        groups = list(zip(*(each.param_groups for each in optimizers)))  # of every role, K
+        self.steps, self.by_sgd = 0, isinstance(optimizers[0], torch.optim.SGD)
+        self.values = {key: torch.tensor([[group[key] for group in each] for each in groups], dtype=torch.float64)
+                       for key in ('lr_scale', 'weight_decay', 'eps', 'betas', 'momentum') if key in groups[0][0]}
+        self.params = [[(p, torch.zeros_like(p), torch.zeros_like(p)) for name, p in stack.params.items()
+                        if stack.roles[name] == each[0]['role']] for each in groups]
+
+    @torch.no_grad()
+    def step(self, lr):
+        """Take a step; `lr` lists the K learning rates before the factors of the roles."""
+        self.steps += 1
+        known = self.values  # (roles, K) each, in float64 on the CPU
+        rate = torch.tensor(lr, dtype=torch.float64) * known['lr_scale']
+        if self.by_sgd:
+            values = known['weight_decay'], known['momentum'], rate
+        else:
+            beta1, beta2 = known['betas'].unbind(-1)
+            values = (1 - rate * known['weight_decay'], 1 - beta1, 1 - beta2, (1 - beta2 ** self.steps).rsqrt(),
+                      known['eps'], rate / (1 - beta1 ** self.steps))
+        values = torch.stack(values, dim=1).to(self.params[0][0][0])  # (roles, values, K), sent to the device at once
+        take = sgd_step if self.by_sgd else adamw_step
+        for params, of_role in zip(self.params, values):
+            for p, *moments in params:
+                take(p, *moments, *of_role.view(*of_role.shape, *[1] * (p.dim() - 1)))  # values (K, 1, ..)
 
 
 @torch.no_grad()
@@ -145,6 +192,7 @@ def train_stack(configs):
     steps = num_steps(c, num_params)
     rates = [rescaled(config, steps) for config in configs]
     optimizers = [make_optimizer(model, each, machine.device.type) for model, each in zip(stack.models, rates)]
+    optimizer = StackOptimizer(stack, optimizers)
     grad_clip = torch.tensor([config.grad_clip or math.inf for config in configs], device=machine.device)
     grad_scales = {groups[0]['role']: grad_clip.new_tensor([group['grad_scale'] for group in groups])
                    for groups in zip(*(each.param_groups for each in optimizers))}
@@ -161,11 +209,8 @@ def train_stack(configs):
         loss, norms = torch.stack([total, stack.clip_gradients(grad_clip, grad_scales)]).cpu()
         for k in range(K):
             if diverged_at[k] is None and not (loss[k].isfinite() and norms[k].isfinite()):
-                diverged_at[k] = step
-            if diverged_at[k] is None:
-                for group in optimizers[k].param_groups:
-                    group['lr'] = rates[k].learning_rate * group['lr_scale'] * lr_fraction(configs[k], step, steps)
-                optimizers[k].step()
+                diverged_at[k] = step  # it takes further steps, which no other run sees
+        optimizer.step([each.learning_rate * lr_fraction(config, step, steps) for each, config in zip(rates, configs)])
         for p in stack.params.values():
             p.grad.zero_()
         if None not in diverged_at:

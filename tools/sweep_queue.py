@@ -291,8 +291,6 @@ def work(config, overrides, device, threads=0, after_each=lambda: None):
     if threads:
         torch.set_num_threads(threads)
     sweep, study = Sweep(config, overrides | dict(device=device)), open_study(config)
-    if any(each.compile for each in sweep.configs):  # torch.compile keeps only few graphs by default
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     has_heartbeat, parent = is_heartbeat_enabled(study._storage), multiprocessing.parent_process()
     with storage_errors_explained():
         require_data(study, sweep, sweep.configs)
