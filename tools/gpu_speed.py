@@ -43,18 +43,16 @@ KINDS = {  # of kernels, by what their names contain; the first that matches cou
 
 def large(setting, **changes):
     """nanoGPT's 124M: 12 layers x 768, tied, without biases, and 16,384 tokens a step; tiny in a dry run."""
-    if setting.dry:
-        return small(setting, '', **dict(dtype='auto', compile=True) | changes)
-    return replace(small(setting, ''), **dict(
-        dtype='auto', compile=True, n_layer=12, n_embd=768, block_size=1024, batch_tokens=16 * 1024, batch_size=16,
-        vocab_size=50304, bias=False, tie_weights=True) | changes)
+    shape = {} if setting.dry else dict(n_layer=12, n_embd=768, block_size=1024, batch_tokens=16 * 1024, batch_size=16,
+                                        vocab_size=50304)
+    return small(setting, '', **dict(dtype='auto', compile=True, bias=False, tie_weights=True) | shape | changes)
 
 
 def deep(setting, **changes):
-    """The deep 1.5B model of arXiv:2505.01618: 179 layers x 832."""
-    return large(setting, **(dict(batch_size=1, batch_tokens=16) if setting.dry else dict(
-        n_layer=179, n_embd=832, block_size=2048, batch_size=1, batch_tokens=2048, bias=True, tie_weights=False))
-        | changes)
+    """The deep 1.5B model of arXiv:2505.01618, 179 layers x 832, one sequence a step; tiny in a dry run."""
+    shape = {} if setting.dry else dict(n_layer=179, n_embd=832, block_size=2048)
+    config = large(setting, **dict(bias=True, tie_weights=False) | shape | changes)
+    return replace(config, batch_size=1, batch_tokens=config.block_size)
 
 
 def training_step(model, optimizer, data, config, machine):
@@ -174,8 +172,9 @@ class OneGPU:
 
 def memory(setting):
     """The peak memory of three steps against the plan, in three processes at once."""
-    configs = {'124M': large(setting, batch_size=8, batch_tokens=8 * large(setting).block_size),
-               'deep, one sequence': deep(setting)}
+    block_size, wider = large(setting).block_size, dict(n_embd=256) if setting.dry else {}  # a tiny run shows nothing
+    configs = {'124M': large(setting, batch_size=8, batch_tokens=8 * block_size, **wider),
+               'deep, one sequence': deep(setting, **wider)}
     configs['124M, recomputed'] = replace(configs['124M'], recompute=True)
     with ThreadPoolExecutor() as pool:
         pairs = pool.map(lambda config: measure_memory(config, OneGPU()), configs.values())
