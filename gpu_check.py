@@ -61,7 +61,6 @@ class GpuCheckConfig:
         require(self, 'stages', set(self.stages.split(',')) <= {'', *names}, f"use some of {','.join(names)}")
         require(self, 'peer', not self.peer or Path(self.peer, 'model.py').is_file(), 'it has no model.py')
         require(self, 'out', self.out and not Path(self.out).exists(), 'use a file that does not exist yet')
-        require(self, 'dry', self.dry or torch.cuda.is_available(), 'there is no CUDA device here, use --dry')
 
 
 def text_of(value):
@@ -109,10 +108,11 @@ def run_stages(config, folder):
 def main():
     """Returns the exit code."""
     config = GpuCheckConfig(**configure(GpuCheckConfig, sys.argv[1:], switches=('dry',)))
+    require(config, 'dry', config.dry or torch.cuda.is_available(), 'there is no CUDA device here, use --dry')
     rows, lost = [], None
 
     def write():
-        found = dict(**asdict(config), torch=torch.__version__, stages=rows)
+        found = dict(torch=torch.__version__, config=asdict(config), stages=rows)
         write_atomically(config.out, (json.dumps(found, indent=1) + '\n').encode())
 
     def stop(number, frame):
