@@ -33,7 +33,7 @@ STAGES = (
     Stage('resume', 60, gpu_checks.resume, 'correctness'),
     Stage('processes', 90, gpu_checks.processes, 'correctness'),
     Stage('compiled', 90, gpu_speed.compiled, 'correctness'),
-    Stage('memory', 50, gpu_speed.memory, 'correctness'),
+    Stage('memory', 70, gpu_speed.memory, 'correctness'),
     Stage('speed', 150, gpu_speed.speed, 'speed'),
     Stage('deep', 80, gpu_speed.deep_speed, 'speed'),
     Stage('stack', 40, gpu_speed.stack, 'speed'),

@@ -187,9 +187,10 @@ def dropout_rate(setting, machine, rate=0.2):
     attn, eye = model.train().transformer.h[0].attn, torch.eye(size, device=machine.device)
     attn.resid_dropout.p = 0.0
     torch.manual_seed(1)
-    with torch.no_grad(), machine.autocast():
+    with torch.no_grad():
         attn.c_attn.weight.copy_(torch.cat((0 * eye, 0 * eye, eye)))
         attn.c_proj.weight.copy_(eye)
+    with machine.autocast():  # with gradients, as in training: PyTorch's choice of a kernel may depend on it
         weights = attn(eye.expand(1024, size, size))  # (B, T, C) = (B, queries, keys)
     return (weights[:, torch.ones_like(eye).tril().bool()] == 0).float().mean().item()
 
@@ -253,7 +254,7 @@ def sampling(setting):
 
 # -----------------------------------------------------------------------------
 # Resuming, and several processes
-def wait_for_step(setting, name, process, step, timeout_s=60):
+def wait_for_step(setting, name, process, step, timeout_s=300):
     """Wait until a run has logged this step. Raises RuntimeError if it ends first or takes too long."""
     end = time.monotonic() + timeout_s
     while not any(int(row['step']) >= step for row in read_metrics(f'{setting.folder}/{name}')):

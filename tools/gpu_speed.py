@@ -105,7 +105,7 @@ def profiled(setting, take_step, device, steps=3):
 def env(setting):
     """Versions, the device, the kernels of attention that PyTorch chooses, and two rates."""
     machine = set_up(setting.device, 'auto')
-    device, dtype = machine
+    device, dtype = machine.device, machine.dtype
     yield Figure('device', hardware_name(device))
     commit = subprocess.run(['git', '-C', str(ROOT), 'describe', '--always', '--dirty'], capture_output=True, text=True)
     for name, value in {'nanoP': commit.stdout.strip() or 'no git', 'python': sys.version.split()[0],
