@@ -136,7 +136,7 @@ def test_steps_that_differ_are_found(dry, monkeypatch):
         optimizer = make(model, config, device_type)
         calls.append(0)
         for group in optimizer.param_groups:
-            group['lr'] *= 1 + 0.002 * (len(calls) > 1)
+            group['lr'] *= 1 + 0.02 * (len(calls) > 1)
         return optimizer
     monkeypatch.setattr(gpu_checks, 'make_optimizer', faulty)
     assert any(text.startswith('weights after 3 steps') for text in parity_of_one_variant(dry, monkeypatch))

@@ -40,7 +40,8 @@ VARIANTS = {
     'recomputed': dict(recompute=True),
 }
 STACKED = 'completep', 'gpt2, tied, no biases', 'alibi, relu2', 'density'
-SAME_LOSS, SAME_GRADIENT, SAME_UPDATE = 1e-5, 1e-4, 1e-3  # of float32, relative
+# relative differences in float32; AdamW makes large steps of small gradients, so theirs grow about a hundredfold
+SAME_LOSS, SAME_GRADIENT, SAME_UPDATE = 1e-5, 1e-4, 1e-2
 DETERMINISTIC = """
 import runpy, sys, torch
 torch.use_deterministic_algorithms(True)
