@@ -257,7 +257,8 @@ def test_the_table_shows_the_bars(capsys):
     assert ['--peer', '1.1'] in [line[-2:] for line in lines]
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number, code', [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_check_that_is_stopped_leaves_no_process(number, code, tmp_path):
     """The stage `processes` has torchruns with workers, which are in groups of their own."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': str(tmp_path)}
