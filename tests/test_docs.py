@@ -17,6 +17,7 @@ import stress_hosts
 import bench
 import coord_check
 import export_hf
+import gpu_check
 import sample
 import sweep
 from configurator import configure
@@ -78,7 +79,7 @@ def check_flags(script, arguments):
         bench.read_bench(arguments)
     else:
         config = {'coord_check.py': coord_check.CoordCheckConfig, 'sample.py': sample.SampleConfig,
-                  'export_hf.py': export_hf.ExportConfig,
+                  'export_hf.py': export_hf.ExportConfig, 'gpu_check.py': gpu_check.GpuCheckConfig,
                   'tests/stress_faults.py': stress_faults.StressConfig,
                   'tests/stress_hosts.py': stress_hosts.HostsConfig,
                   'tests/coord_reliability.py': coord_reliability.ReliabilityConfig,

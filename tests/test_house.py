@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {'sample', 'coord_check', 'sweep', 'bench', 'export_hf'}
+SCRIPTS = {'sample', 'coord_check', 'sweep', 'bench', 'export_hf', 'gpu_check'}
 AT_THE_ROOT = {path.stem for path in ROOT.glob('*.py')}
 SOURCES = [*ROOT.glob('*.py'), *ROOT.glob('nanop/*.py'), *ROOT.glob('tools/*.py'), *ROOT.glob('data/*/*.py'),
            *ROOT.glob('tests/*.py')]
