@@ -119,12 +119,12 @@ def test_a_gradient_that_is_off_by_a_thousandth_is_found(dry, monkeypatch):
 
 def test_a_wrong_loss_is_found(dry, monkeypatch):
     """The loss of the second and later models is off by 2e-5; so are their gradients, too little to be seen."""
-    calls, loss = [], model.cross_entropy
+    calls, loss = [], layers.cross_entropy
 
     def faulty(logits, targets):
         calls.append(0)
         return loss(logits, targets) * (1 + 2e-5 * (len(calls) > 5))  # three_steps() computes five losses
-    monkeypatch.setattr(model, 'cross_entropy', faulty)
+    monkeypatch.setattr(layers, 'cross_entropy', faulty)
     found = parity_of_one_variant(dry, monkeypatch)
     assert len(found) == 2 and all(text.startswith('losses, completep') for text in found)
 
