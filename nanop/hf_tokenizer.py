@@ -90,6 +90,8 @@ class FolderTokenizer:
             self.made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if type(getattr(getattr(self.made, 'backend_tokenizer', None), 'decoder', None)).__name__ != 'ByteLevel':
             raise UserError(f"the tokenizer in '{folder}' is not of bytes: sample from it with transformers")
+        if not set(byte_symbols()) <= set(self.made.get_vocab()):  # transformers makes up one of nothing
+            raise UserError(f"'{folder}' holds no tokenizer (its vocabulary lacks bytes): sample from it with transformers")
         self.name, self.vocab_size, self.end_of_text = str(folder), len(self.made), self.made.eos_token_id
         self.bytes = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
