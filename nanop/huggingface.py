@@ -417,7 +417,7 @@ def require_config(row, name, hf, keys):
     """Refuse a config of transformers with which its architecture would compute something else than nanoP does."""
     c = words(keys)
     needed = {key: c[word] for key, word in row.keys.items() if word != 'bias'} | row.fixed | dict(
-        head_dim=c['head_dim'], layer_types=['full_attention'] * c['n_layer'])  # other keys that some architectures read
+        head_dim=c['head_dim'], layer_types=['full_attention'] * c['n_layer'])  # which some read, too
     for key, value in needed.items():
         theirs = getattr(hf, key, None)
         same = value in ('gelu_new', ACTIVATIONS['gelu']) and theirs in ('gelu_new', ACTIVATIONS['gelu'])

@@ -490,7 +490,8 @@ def test_keys_that_an_architecture_reads_but_never_lists_are_refused(kind, keys,
     ('model.safetensors', b'version https://git-lfs.github.com/spec/v1', 'cannot be loaded'),
     ('model.safetensors', None, 'cannot be loaded'),  # cut off
     ('config.json', b'{"model_type": "gpt2", "n_embd": "48"}', 'cannot be loaded'),
-    (huggingface.OURS, b'[1]', 'cannot be loaded'), (huggingface.OURS, b'{"model_config": {"new": 1}}', 'cannot be loaded')])
+    (huggingface.OURS, b'[1]', 'cannot be loaded'),
+    (huggingface.OURS, b'{"model_config": {"new": 1}}', 'cannot be loaded')])
 def test_a_damaged_folder_is_refused_in_one_line(file, content, message, tmp_path):
     written(trained(replace(ODD, **CHANGES['gpt2'])), 'gpt2', tmp_path)
     path = tmp_path / file
@@ -521,3 +522,10 @@ def test_a_folder_called_gpt2_is_not_taken_for_openais(tiny, tmp_path, monkeypat
     for kind in lambda name: replace(tiny, init_from=name), lambda name: sample.SampleConfig(init_from=name):
         with pytest.raises(UserError, match='a folder here has this name, too, use ./gpt2'):
             kind('gpt2')
+
+
+def test_the_loss_of_our_own_architecture_counts_tokens_as_the_trainer_asks(tmp_path):
+    """With gradient accumulation the Trainer divides nothing: the model divides by the tokens of all micro-batches."""
+    hf, _ = exported(trained(replace(ODD, **CHANGES['nanop'])), 'nanop', tmp_path)
+    mean, share = hf(ids(), labels=ids()).loss, hf(ids(), labels=ids(), num_items_in_batch=torch.tensor(90)).loss
+    assert share.item() == pytest.approx(mean.item() * 45 / 90, rel=1e-6)  # 3 x 15 targets
