@@ -25,7 +25,7 @@ from model import GPT, GPTConfig, role_of
 from nanop import checkpoint
 from nanop.dataset import content_differs, open_dataset
 from nanop.errors import UserError, exit_on_user_error, explained, import_optional, require, require_values
-from nanop.files import remove
+from nanop.files import lock, remove
 from nanop.hf_check import LOGITS, mean_loss
 from nanop.hf_tokenizer import write_tokenizer
 from nanop.huggingface import OURS, TABLE, multipliers, to_hf, write_folder
@@ -218,8 +218,12 @@ def load(c):
     weights, state = checkpoint.load_weights(c.out_dir)
     data = open_dataset(c.dataset or state['config']['dataset'])
     other = content_differs(state['meta'], data.meta)
-    if other or data.tokenizer_name != state['meta']['tokenizer']:
-        print(f"compared on other data than the run's: its {'; its '.join(other) or 'tokenizer is another'}")
+    tokenizer = [(meta['tokenizer'], meta.get('chars')) for meta in (state['meta'], data.meta)]
+    if tokenizer[0] != tokenizer[1]:
+        raise UserError(f"dataset='{c.dataset}' has another tokenizer than the run, so its ids mean other text: use "
+                        "the run's dataset, or another with its tokenizer")
+    if other:
+        print(f"compared on other data than the run's: its {'; its '.join(other)}")
     return GPTConfig(**state['model_config']), weights, state, data
 
 
@@ -260,7 +264,8 @@ def export(c, final):
     loss_with_padding, loss = losses(model, sequences)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, 'expected.safetensors')
-        save_file(expected(model, sequences), path)
+        with explained(Exception, f"'{path}' could not be written", 'make room'):  # safetensors has its own kind
+            save_file(expected(model, sequences), path)
         found = ask_transformers(folder, path, 'float32')
         wrong = problems(found, loss)
         if wrong:
@@ -290,7 +295,12 @@ def main():
     final = Path(c.out_dir, 'hf')
     if final.exists() and not c.overwrite:
         raise UserError(f"'{final}' exists: move it, or use --overwrite=True to lose it")
-    return export(c, final)
+    checkpoint.newest(c.out_dir)  # raises UserError before the lock would make a folder
+    held = lock(c.out_dir, '.lock_export', 'exporting from')  # training may go on meanwhile
+    try:
+        return export(c, final)
+    finally:
+        held.release()
 
 
 if __name__ == '__main__':

@@ -242,6 +242,12 @@ def average_weights(out_dir, count):
     if len(found) < count:
         raise UserError(f"average={count} is more than the {len(found)} usable checkpoints in '{out_dir}': use at most "
                         f'that, or train with --keep_checkpoints={count}')
+    config = found[0][1]['model_config']
+    for path, state in found[1:]:
+        other = [key for key, value in state['model_config'].items() if config.get(key, value) != value]
+        if set(other) - {'dropout'}:
+            raise UserError(f"'{path}' is of another run than '{found[0][0]}', its {other[0]} is another: use "
+                            '--average=1, or remove it')
     mean, *others = (read_weights(path) for path, _ in found)
     for weights in others:
         for name, total in mean.items():

@@ -64,13 +64,14 @@ def make_out_dir(path):
     return path
 
 
-def lock(out_dir):
-    """Lock a folder for this process. The lock ends with `.release()` or with the process; its empty file stays."""
-    held = FileLock(make_out_dir(out_dir) / '.lock')
+def lock(out_dir, name='.lock', work='training in'):
+    """Lock a folder for one kind of work. The lock ends with `.release()` or with the process; its empty
+    file stays."""
+    held = FileLock(make_out_dir(out_dir) / name)
     try:
         held.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"another process is training in '{out_dir}': wait for it, or use another --out_dir") from None
+        raise UserError(f"another process is {work} '{out_dir}': wait for it, or use another --out_dir") from None
     except OSError as error:
         raise UserError(f"out_dir='{out_dir}' cannot be written: {error}") from None
     return held

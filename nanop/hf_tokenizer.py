@@ -90,6 +90,8 @@ class FolderTokenizer:
             self.made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if type(getattr(getattr(self.made, 'backend_tokenizer', None), 'decoder', None)).__name__ != 'ByteLevel':
             raise UserError(f"the tokenizer in '{folder}' is not of bytes: sample from it with transformers")
+        if not set(byte_symbols()) <= set(self.made.get_vocab()):  # transformers makes up one of nothing
+            raise UserError(f"'{folder}' holds no tokenizer (only {len(self.made)} tokens): sample with transformers")
         self.name, self.vocab_size, self.end_of_text = str(folder), len(self.made), self.made.eos_token_id
         self.bytes = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
@@ -141,7 +143,8 @@ def write_tokenizer(folder, meta, block_size, texts=()):
     except (UnicodeError, TypeError) as error:  # such as half of a surrogate pair among the characters
         refuse(ours, first_line(error))
     made.model_max_length = block_size
-    made.save_pretrained(folder)
+    with explained(Exception, f"the tokenizer could not be written to '{folder}'", 'make room'):  # a kind of its own
+        made.save_pretrained(folder)
     path = Path(folder, 'tokenizer_config.json')
     held = json.loads(path.read_text())  # under the class's name before transformers 5, which reads it, too
     path.write_text(json.dumps({**held, 'tokenizer_class': 'PreTrainedTokenizerFast'}, indent=2))

@@ -417,11 +417,12 @@ def keys_of(row, name, hf):
 def require_config(row, name, hf, keys):
     """Refuse a config of transformers with which its architecture would compute something else than nanoP does."""
     c = words(keys)
-    needed = {key: c[word] for key, word in row.keys.items() if word != 'bias'} | row.fixed
+    needed = {key: c[word] for key, word in row.keys.items() if word != 'bias'} | row.fixed | dict(
+        head_dim=c['head_dim'], layer_types=['full_attention'] * c['n_layer'])  # which some read, too
     for key, value in needed.items():
         theirs = getattr(hf, key, None)
         same = value in ('gelu_new', ACTIVATIONS['gelu']) and theirs in ('gelu_new', ACTIVATIONS['gelu'])
-        follows = theirs is None and key in ('n_inner', 'n_ctx', 'head_dim')  # from other keys
+        follows = theirs is None and key in ('n_inner', 'n_ctx', 'head_dim', 'layer_types')  # from other keys
         theirs = {**value, **theirs} if isinstance(value, dict) else theirs
         if theirs != value and not (same or follows):
             raise UserError(f"'{name}' has {key}={theirs}, it must be {value}")
@@ -429,6 +430,13 @@ def require_config(row, name, hf, keys):
 
 def read_parts(row, c, name, tensors):
     """{part: tensor} of an architecture's tensors. Raises UserError for one that nanoP does not have."""
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"'{name}' has values in {broken[0]} that are not finite: use weights from before it diverged")
+    head, embedding = (tensors.get(f'{module}.weight') for module in ('lm_head', row.names['wte']))
+    if c['tie_weights'] and head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(f"'{name}' ties its embedding and unembedding in config.json, but holds two that differ: set "
+                        'tie_word_embeddings to false there if the weights are right')
     parts, left = {}, set(tensors) - ({'lm_head.weight'} if c['tie_weights'] else set())
     for module, ours in pairs(row, c):
         for kind in ('weight', 'bias'):
@@ -450,6 +458,8 @@ def require_start(config, others):
     names, name = (*others, *GPT2_NAMES), config.init_from
     require(config, 'init_from', name in names or name and Path(name, 'config.json').is_file(),
             f"use one of {', '.join(names)}, or a folder with the config.json of transformers")
+    require(config, 'init_from', name not in GPT2_NAMES or not Path(name).is_dir(),
+            f"a folder here has this name, too, use ./{name} for the folder, or another working directory for OpenAI's")
 
 
 def from_hf(name, model_class, config, block_size=None):
@@ -462,10 +472,10 @@ def from_hf(name, model_class, config, block_size=None):
     """
     transformers = with_our_own(f"init_from='{name}'")  # code in the folder is never run
     problem = f"init_from='{name}' cannot be loaded"
-    with explained((OSError, ValueError, KeyError), problem):
+    with explained(Exception, problem):  # transformers and safetensors raise all kinds
         saved = json.loads(Path(name, OURS).read_text()) if Path(name, OURS).exists() else {}
-        keys = dict(saved['model_config']) if saved else {}
-        hf_config = transformers.AutoConfig.from_pretrained(name)
+        keys = asdict(type(config)(**saved['model_config'])) if saved else {}
+        hf_config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if hf_config.model_type not in TABLE:
         raise UserError(f"'{name}' is of the architecture {hf_config.model_type}: nanoP holds {', '.join(TABLE)}")
     row = TABLE[hf_config.model_type]
@@ -477,9 +487,9 @@ def from_hf(name, model_class, config, block_size=None):
     positions = keys['block_size']
     if (block_size or 0) > positions:
         raise UserError(f"block_size={block_size} is more than the {positions} positions of '{name}': use fewer")
-    with explained((OSError, ValueError, RuntimeError), problem):
+    with explained(Exception, problem):
         hf, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True)
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     wrong = [key for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys') for key in info[kind]
              if not re.search(r'(masked_bias|inv_freq)$', str(key))]  # constants, which old versions save
     if wrong:

@@ -124,7 +124,7 @@ class NanoPForCausalLM(PreTrainedModel, GenerationMixin):
         self.model['embed_tokens'] = value
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, cache=None, labels=None,
-                use_cache=None, logits_to_keep=0, **kwargs):
+                use_cache=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
         T, c = input_ids.size(1), self.config
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
@@ -143,5 +143,8 @@ class NanoPForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(c.logits_multiplier * self.model['norm'](x)[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            # transformers' Trainer gives the tokens of all micro-batches, and then leaves the division to the model
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                                   reduction='mean' if num_items_in_batch is None else 'sum')
+            loss = loss / (1 if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
+import safetensors.torch
 import torch
 
 import sample
@@ -465,3 +466,73 @@ def test_tensors_that_nanop_lacks_are_not_dropped(tmp_path):
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match='crossattention.* for which nanoP has no place'):
         from_hf(str(tmp_path), GPT, GPTConfig())
+
+
+@pytest.mark.parametrize('target', ['gpt2', 'llama'])
+def test_a_tied_config_with_two_tensors_is_refused(target, tmp_path):
+    """transformers keeps both, whatever the config says."""
+    written(trained(replace(ODD, **CHANGES[target])), target, tmp_path)
+    (tmp_path / huggingface.OURS).unlink()
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | dict(tie_word_embeddings=True)))
+    with pytest.raises(UserError, match='ties its embedding and unembedding in config.json, but holds two that differ'):
+        from_hf(str(tmp_path), GPT, GPTConfig(parameterization='sp'))
+
+
+@pytest.mark.parametrize('kind, keys, message', [
+    ('granite', dict(head_dim=16), 'has head_dim=16, it must be 8'),
+    ('starcoder2', dict(head_dim=16), 'has head_dim=16, it must be 8'),
+    ('smollm3', dict(layer_types=['sliding_attention'] * 5, sliding_window=4), 'has layer_types=.*sliding'),
+    ('qwen3', dict(layer_types=['sliding_attention'] * 5, sliding_window=4), 'has layer_types=.*sliding')])
+def test_keys_that_an_architecture_reads_but_never_lists_are_refused(kind, keys, message, tmp_path):
+    _, hf_config, *_ = to_hf(asdict(ODD) | CHANGES[kind], multipliers(trained(replace(ODD, **CHANGES[kind]))),
+                             trained(replace(ODD, **CHANGES[kind])).state_dict(), kind)
+    config = transformers.AutoConfig.for_model(**hf_config | keys)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        from_hf(str(tmp_path), GPT, GPTConfig(parameterization='sp'))
+
+
+@pytest.mark.parametrize('file, content, message', [
+    ('model.safetensors', b'version https://git-lfs.github.com/spec/v1', 'cannot be loaded'),
+    ('model.safetensors', None, 'cannot be loaded'),  # cut off
+    ('config.json', b'{"model_type": "gpt2", "n_embd": "48"}', 'cannot be loaded'),
+    (huggingface.OURS, b'[1]', 'cannot be loaded'),
+    (huggingface.OURS, b'{"model_config": {"new": 1}}', 'cannot be loaded')])
+def test_a_damaged_folder_is_refused_in_one_line(file, content, message, tmp_path):
+    written(trained(replace(ODD, **CHANGES['gpt2'])), 'gpt2', tmp_path)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(UserError, match=message):
+        from_hf(str(tmp_path), GPT, GPTConfig(parameterization='sp'))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = trained(replace(ODD, **CHANGES['gpt2']))
+    _, hf_config, tensors, _ = to_hf(asdict(model.config), multipliers(model), model.state_dict(), 'gpt2')
+    write_folder(tmp_path, hf_config, tensors)
+    safetensors.torch.save_file(tensors | {'transformer.ln_f.weight': torch.full((48,), torch.nan)},
+                                tmp_path / 'model.safetensors', dict(format='pt'))
+    with pytest.raises(UserError, match='values in transformer.ln_f.weight that are not finite'):
+        from_hf(str(tmp_path), GPT, GPTConfig(parameterization='sp'))
+
+
+def test_a_folder_without_a_tokenizer_gets_none_made_up(tmp_path):
+    written(trained(replace(ODD, **CHANGES['gpt2'])), 'gpt2', tmp_path)
+    with pytest.raises(UserError, match='holds no tokenizer'):
+        hf_tokenizer.FolderTokenizer(str(tmp_path))
+
+
+def test_a_folder_called_gpt2_is_not_taken_for_openais(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'gpt2').mkdir()
+    for kind in lambda name: replace(tiny, init_from=name), lambda name: sample.SampleConfig(init_from=name):
+        with pytest.raises(UserError, match='a folder here has this name, too, use ./gpt2'):
+            kind('gpt2')
+
+
+def test_the_loss_of_our_own_architecture_counts_tokens_as_the_trainer_asks(tmp_path):
+    """With gradient accumulation the Trainer divides nothing: the model divides by the tokens of all micro-batches."""
+    hf, _ = exported(trained(replace(ODD, **CHANGES['nanop'])), 'nanop', tmp_path)
+    mean, share = hf(ids(), labels=ids()).loss, hf(ids(), labels=ids(), num_items_in_batch=torch.tensor(90)).loss
+    assert share.item() == pytest.approx(mean.item() * 45 / 90, rel=1e-6)  # 3 x 15 targets

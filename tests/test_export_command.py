@@ -2,7 +2,9 @@
 import json
 import math
 import random
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import export_hf
 from model import GPT, GPTConfig
 from nanop import checkpoint, hf_check, hf_tokenizer
 from nanop.errors import UserError
+from nanop.files import checksum
 from nanop.hf_tokenizer import ODD_TEXTS, require_same, write_tokenizer
 from nanop.tokenizer import CharTokenizer, get_tokenizer
 from train import read_config, train
@@ -314,3 +317,48 @@ def test_lm_eval_finds_what_nanop_does(run, tmp_path, monkeypatch):
     for sample in found['samples']['own_choice']:
         for (score, _), choice in zip(sample['filtered_resps'], sample['doc']['choices']):
             assert score == pytest.approx(log_likelihood(sample['doc']['text'].encode(), choice), rel=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# What users do
+def test_checkpoints_of_another_run_are_not_averaged(run):
+    path = checkpoint.find(run)[1]
+    state = json.loads((path / 'state.json').read_text())
+    state['model_config']['output_mult'] = 3.0
+    (path / 'state.json').write_text(json.dumps(state))
+    sums = json.loads((path / 'checksums.json').read_text())
+    (path / 'checksums.json').write_text(json.dumps(sums | {'state.json': checksum(path / 'state.json')}))
+    with pytest.raises(UserError, match='is of another run than .* its output_mult is another'):
+        checkpoint.average_weights(run, 2)
+
+
+def test_data_of_another_tokenizer_is_refused(run, monkeypatch, tmp_path):
+    """Its ids mean other text: the loss in the model card would be of nonsense."""
+    other = tmp_path / 'other'
+    shutil.copytree(checkpoint.newest(run)[1]['config']['dataset'], other)
+    meta = json.loads((other / 'meta.json').read_text())
+    (other / 'meta.json').write_text(json.dumps(meta | dict(tokenizer='char', chars=''.join(map(chr, range(256))))))
+    with pytest.raises(UserError, match='has another tokenizer than the run'):
+        export(monkeypatch, f'--out_dir={run}', f'--dataset={other}')
+
+
+def test_two_exports_of_one_run_do_not_mix(run, monkeypatch):
+    """The second would write into the first one's folder, after its check."""
+    real = export_hf.ask_transformers
+
+    def meanwhile(*arguments):
+        with pytest.raises(UserError, match='another process is exporting from'):
+            export(monkeypatch, f'--out_dir={run}', '--tokenizer=False')
+        return real(*arguments)
+    monkeypatch.setattr(export_hf, 'ask_transformers', meanwhile)
+    assert export(monkeypatch, f'--out_dir={run}') == 0 and not Path(run, 'hf.tmp').exists()
+
+
+@pytest.mark.parametrize('package', ['tokenizers', 'safetensors'])
+def test_a_full_disk_is_an_error_in_one_line(package, run, monkeypatch):
+    def full(*arguments, **keys):
+        raise Exception('No space left on device (os error 28)')  # neither package raises an OSError
+    monkeypatch.setattr(*((transformers.PreTrainedTokenizerFast, 'save_pretrained') if package == 'tokenizers' else
+                          (export_hf, 'save_file')), full)
+    with pytest.raises(UserError, match='could not be written .*No space left.*make room'):
+        export(monkeypatch, f'--out_dir={run}')
