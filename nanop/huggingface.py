@@ -483,7 +483,8 @@ def from_hf(name, model_class, config, block_size=None):
         keys |= dict(vocab_size=hf_config.vocab_size, real_vocab_size=hf_config.vocab_size, dropout=config.dropout)
         require_config(row, name, hf_config, keys)
     else:
-        keys = keys_of(row, name, hf_config)
+        with explained((ArithmeticError, TypeError), problem):  # of values that are no sizes
+            keys = keys_of(row, name, hf_config)
     positions = keys['block_size']
     if (block_size or 0) > positions:
         raise UserError(f"block_size={block_size} is more than the {positions} positions of '{name}': use fewer")

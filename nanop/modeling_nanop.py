@@ -125,6 +125,9 @@ class NanoPForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, cache=None, labels=None,
                 use_cache=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
+        for key in ('output_hidden_states', 'output_attentions', 'inputs_embeds'):
+            if kwargs.get(key) is not None and kwargs[key] is not False:
+                raise ValueError(f'{key} is not supported: this model returns logits for input_ids')
         T, c = input_ids.size(1), self.config
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:

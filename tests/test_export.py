@@ -313,6 +313,7 @@ def test_a_folder_that_was_trained_on_comes_back_or_is_refused(tmp_path):
 
 @pytest.mark.parametrize('target, changes, message', [
     ('llama', dict(rms_norm_eps=1e-6), 'has rms_norm_eps=1e-06, it must be 1e-05'),
+    ('gpt2', dict(n_head=0), 'cannot be loaded'),
     ('llama', dict(intermediate_size=100), 'has intermediate_size=100, it must be 128'),
     ('llama', dict(rope_parameters=dict(rope_type='default', rope_theta=5e5)), 'it must be .*10000'),
     ('llama', dict(rope_parameters=dict(rope_type='linear', factor=2.0, rope_theta=1e4)), 'it must be .*default'),
@@ -374,6 +375,8 @@ def test_our_own_architecture_holds_the_rest(changes, tmp_path):
         with torch.no_grad():
             out = hf(ids(), labels=ids())
             torch.testing.assert_close(hf(padded, attention_mask=mask).logits[:, 5:], out.logits, rtol=1e-4, atol=1e-4)
+            with pytest.raises(ValueError, match='output_hidden_states is not supported'):
+                hf(ids(), output_hidden_states=True)
             assert out.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(
                 out.logits[:, :-1].flatten(0, 1), ids()[:, 1:].flatten()).item())
 
