@@ -197,8 +197,9 @@ def build_model(config, data):
                          real_vocab_size=c.real_vocab_size or min(data.real_vocab_size, vocab_size))
     if c.init_from not in OUR_STARTS:
         model, meta = from_hf(c.init_from, GPT, shape, c.block_size)
+        usual = GPTConfig()
         require_fit(c.init_from, {key: (value, getattr(shape, key)) for key, value in asdict(model.config).items()
-                                  if getattr(c, key) != getattr(TrainConfig, key)}, meta or data.meta, data.meta)
+                                  if getattr(c, key) != getattr(usual, key)}, meta or data.meta, data.meta)
     else:
         with torch.device('meta') if c.parallel != 'ddp' else nullcontext():
             model = GPT(shape, torch.Generator().manual_seed(c.seed))

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train as train_module
-from configurator import configure
+from configurator import configure, flat
 from model import GPT, GPTConfig
 from nanop import checkpoint, dataset, machine, parallel
 from nanop.dataset import Dataset
@@ -71,7 +71,7 @@ def losses_of(out_dir):
 
 
 def flags(config):
-    return [f'--{key}={value}' for key, value in asdict(config).items() if value != '']
+    return [f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != '']
 
 
 def run(script, *args, **env):
