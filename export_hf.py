@@ -131,7 +131,8 @@ def figures_of(c, gpt, data, model, sequences, found, loss_with_padding, loss, s
 # The model card
 def command(config, meta):
     """The command that trains with these keys; of paths, which are the user's own, the last name."""
-    ignored = {'out_dir', 'init_from', 'overwrite', 'new_data', 'eval_only', 'wandb_project', 'wandb_run_name'}
+    ignored = {'out_dir', 'init_from', 'overwrite', 'new_data', 'eval_only', 'decay_steps', 'wandb_project',
+               'wandb_run_name'}
     config, usual = flat(config | dict(dataset=Path(config['dataset']).name)), asdict(TrainConfig())
     ignored |= {key for key in ('vocab_size', 'real_vocab_size') if config[key] == meta[key]}
     flags = [f'--{key}={value}' for key, value in config.items()
