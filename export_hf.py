@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from configurator import configure, flat
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, role_of
 from nanop import checkpoint
 from nanop.dataset import content_differs, open_dataset
 from nanop.errors import UserError, exit_on_user_error, explained, import_optional, require, require_values
@@ -166,8 +166,10 @@ def card(c, run, gpt, target, folded, figures):
         'of them, as in finetuning with transformers, is not what the rules transfer. To train on under the rules, '
         f'give this folder to train.py as --init_from, which undoes the fold with the help of {OURS}.')
     own = ', trust_remote_code=True' if target == TABLE['nanop'].architecture else ''
+    with torch.device('meta'):
+        roles = {role_of(name) for name, _ in GPT(gpt).weights()}
     factors = '\n'.join(f'| {role} | ' + ' | '.join('-' if value is None else f'{value:g}' for value in rule[:5]) + ' |'
-                        for role, rule in gpt.rules.items())
+                        for role, rule in gpt.rules.items() if role in roles or rule.lr is None)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -271,8 +273,8 @@ def export(c, final):
         if c.dtype != 'float32':
             write_folder(folder, hf_config, tensors, c.dtype)
             rounded = ask_transformers(folder, path, 'auto')
-            figures.append((f'in {c.dtype}', f"loss {rounded['loss']:.4f}, {rounded['loss'] - loss:+.4f}; logits "
-                            f"differ by up to {rounded['difference']:.2g} of the largest"))
+            figures.append((f'in {c.dtype}', f"loss {rounded['loss']:.4f}, changed by {rounded['loss'] - loss:+.2g}; "
+                            f"logits differ by up to {rounded['difference']:.2g} of the largest"))
     print('\n'.join(f'{what}: {value}' for what, value in figures))
     text = card(c, state, gpt, hf_config['architectures'][0], folded, figures)
     with explained(OSError, f"'{final}' could not be written"):

@@ -75,10 +75,10 @@ def require_values(config, at_least={}, fractions=(), below_one=(), choices={}, 
 
 
 def require_acting(config, key, names):
-    """Refuse an entry of the dict config.key that would do nothing. Entries act on `names` alone."""
-    for name in getattr(config, key):
-        require(config, key, name in names, f'it would do nothing for {name}, leave that out; here it acts on '
-                                            f"{', '.join(names) or 'no role'}")
+    """Refuse a factor other than 1 in the dict config.key that would do nothing. Factors act on `names` alone."""
+    for name, factor in getattr(config, key).items():
+        require(config, key, name in names or factor == 1, f'it would do nothing for {name}, leave that out; here it '
+                                                           f"acts on {', '.join(names) or 'no role'}")
 
 
 def exit_on_user_error(main, if_stopped='stopped', goes_on=True):

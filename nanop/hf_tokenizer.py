@@ -114,7 +114,7 @@ def require_same(made, ours, texts):
     for text in texts:
         text = ''.join(char for char in text if char in known) if known else text
         ids = ours.encode(text).tolist()
-        found = made.encode(text, add_special_tokens=False)
+        found = made.encode(text, add_special_tokens=False, verbose=False)  # of its length
         if found != ids:
             at = next((i for i, (one, other) in enumerate(zip(ids, found)) if one != other), min(len(ids), len(found)))
             refuse(ours, f'it reads {text_of(ids[at:at + 9])!r} as {found[at:at + 3]}.., nanoP as {ids[at:at + 3]}..')

@@ -66,7 +66,7 @@ def check_flags(script, arguments):
     arguments = [word for word in arguments
                  if not word.startswith(('out/', '--init_from=out/')) and '..' not in word.partition('=')[2]]
     if script == 'train.py':
-        if not any('resume' in word for word in arguments):
+        if not any('resume' in word or 'decay_steps' in word for word in arguments):
             read_config(arguments)
         configure(TrainConfig, arguments)
     elif script == 'sweep.py':
@@ -258,9 +258,23 @@ def durations():
                if name != 'nothing')  # "too low": at the base's best rate, all pieces are worse than nothing
 
 
+def exports():
+    page, texts = 'docs/export.md', {name: text_of(f'results/export/{name}.txt') for name in (
+        'export', 'export_bfloat16', 'export_average')}
+    yield page, ' '.join(texts['export'].split())
+    change = float(re.search(r'changed by (\S+);', texts['export_bfloat16'])[1])
+    assert abs(change) < 1e-4
+    yield page, "the demo's by less than 0.0001 nats"
+    alone, average = re.findall(r'validation loss (\S+)', texts['export_average'])[:2]
+    yield page, f"The demo's, at {alone}, become worse, {average}"
+    found = json.loads(text_of('results/export/lm_eval.json'))
+    assert abs(found['bits_per_byte'] / found['nanop_bits_per_byte'] - 1) < 1e-6
+    yield page, f"lm_eval finds {found['bits_per_byte']:.6f} bits per byte"
+
+
 def statements():
     """(page, a sentence's part with its figures computed)"""
-    yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations())
+    yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations(), *exports())
     demo = json.loads(text_of('results/completep_small/summary.json'))
     yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
     yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"

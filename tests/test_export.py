@@ -90,6 +90,19 @@ def test_every_row_has_the_same_logits_and_tokens(target, tied, tmp_path):
     assert len(folded) == (0 if TABLE[target].kept else 4)
 
 
+@pytest.mark.parametrize('target', TABLE)
+def test_every_row_in_bfloat16_is_as_far_off_as_its_rounding(target, tmp_path):
+    """Weights rounded to 8 bits after the fold: as far from nanoP's logits as nanoP with its own weights rounded."""
+    model = trained(replace(ODD, **CHANGES[target]))
+    hf, _ = exported(model, target, tmp_path, 'bfloat16')
+    rounded = trained(model.config)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            p.copy_(p.bfloat16())
+        own = ((model(ids())[0] - rounded(ids())[0])[..., :61].abs().max() / model(ids())[0].abs().max()).item()
+    assert 1e-5 < difference(model, hf.float()) < 3 * own
+
+
 PLAIN = dict(n_kv_head=0, norm_gain=False, density=1.0, parameterization='depth_mup', attn_scale='1/d', alpha=0.75)
 
 
@@ -255,12 +268,13 @@ def test_nothing_is_rounded_where_nothing_is_folded(target, tmp_path):
 
 
 @pytest.mark.parametrize('target', TABLE)
-def test_a_foreign_folder_keeps_its_logits_under_the_rules_of_the_config(target, tmp_path):
+def test_a_foreign_folder_keeps_its_logits_under_the_rules_of_the_config(target, tmp_path, capsys):
     c = replace(ODD, **CHANGES[target] | dict(tie_weights=target in ('gpt2', 'arcee')))
     model = trained(c)
     written(model, target, tmp_path, ours=False)
     rules = replace(ODD, parameterization='depth_mup', density=1.0, input_mult=0.3, n_layer=2)
     back, meta = from_hf(str(tmp_path), GPT, rules, block_size=32)
+    assert 'trains under depth_mup with a base of 1 layers x 16' in capsys.readouterr().out
     assert meta == {} and back.config.parameterization == 'depth_mup' and back.config.input_mult == 0.3
     assert back.config.n_layer == 5 and back.config.block_size == 32
     assert same_logits(model, back.eval())
@@ -424,7 +438,8 @@ def test_a_folder_is_trained_on_and_sampled_from(tiny, tmp_path, capsys):
         sample.load(sampled)
     foreign = replace(start, parameterization='sp', output_mult=1.0)
     assert train(foreign)['val_loss'] == pytest.approx(loss, abs=1e-6)
-    assert 'says how nanoP would tokenize' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'says how nanoP would tokenize' in said and 'trains under' not in said
     hf_tokenizer.write_tokenizer(folder, dict(tokenizer='byte'), 16)
     tokenizer = sample.load(sampled)[1]
     text = 'abc \u00e9\U0001f642'

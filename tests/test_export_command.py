@@ -161,6 +161,7 @@ def test_the_command(run, monkeypatch, capsys, tmp_path):
                  f"{mean:.4f} nats", f'{mean / math.log(2):.4f} bits per byte', 'the embeddings times 1.7',
                  'have left their parameterization', '1,024 in 8 steps', 'learning_rate 0.01', 'steps [4, 6, 8]'):
         assert part in card, part
+    assert '| hidden_weight |' in card and '| residual_branch |' in card and 'kv_weight' not in card  # it has none
     assert str(tmp_path) not in card and state['config']['dataset'] not in card  # folders are the user's own business
     command = next(line for line in card.splitlines() if line.startswith('python train.py '))
     assert read_config(command.split()[2:]).density == 0.5

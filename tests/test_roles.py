@@ -89,7 +89,7 @@ def test_init_is_multiplied_and_the_table_shows_it_all():
 
 
 def test_factors_of_one_change_nothing():
-    ones = {key: dict.fromkeys(roles, 1.0) for key, roles in MULTS.items()}
+    ones = {key: dict.fromkeys([*roles, 'kv_weight'], 1.0) for key, roles in MULTS.items()}
     model, plain = make(**ones), make()
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in model.named_parameters())
     for role, group in groups_of(plain).items():
