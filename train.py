@@ -371,7 +371,7 @@ def read_config(argv):
     out_dir, init_from = overrides.get('out_dir', TrainConfig.out_dir), overrides.get('init_from', '')
     branches = overrides.get('decay_steps', 0) > 0 and checkpoint.is_one(init_from)
     if branches or init_from == 'resume' or init_from == 'auto' and checkpoint.find(out_dir):
-        state = checkpoint.read(Path(init_from), [checkpoint.STATE]) if branches else checkpoint.read_state(out_dir)
+        state = checkpoint.state_in(Path(init_from), [checkpoint.STATE]) if branches else checkpoint.read_state(out_dir)
         keys = {each.name for each in fields(TrainConfig)} - NOT_RESUMED
         known = {key: value for key, value in state['config'].items() if key in keys}
         if known.get('train_tokens') or known.get('tokens_per_param'):  # earlier versions ignored it then

@@ -1,7 +1,7 @@
-# What a search of learning rates per role finds at the base, at the base's init:
-# python sweep.py --tune config/sweep_roles.py --init_std=0.08 --input_mult=1 --attn_mult=1 --output_mult=1 \
-#     --trials=128 --out_dir=out/sweep_roles
+# What a search of the learning rates of the roles finds at the base, with its init; a role's decay follows its rate.
 # Hardware: any CPU. Time: 128 runs of evidence_base.py, 10 seconds each on one core.
+# python sweep.py --tune config/sweep_roles.py --trials=128 --init_std=0.08 --input_mult=1 --attn_mult=1 \
+#     --output_mult=1 --out_dir=out/sweep_roles
 from evidence_base import *
 
 parameterization = 'completep'

@@ -204,7 +204,7 @@ def read_state(out_dir):
     return newest(out_dir)[1]  # raises and says what is wrong
 
 
-def read(path, names=None):
+def state_in(path, names=None):
     """The state of one checkpoint, whose files are checked: all, or those called `names`."""
     problem = damage(path, names)
     if problem:
@@ -221,7 +221,7 @@ def branch(source, out_dir, config):
         with explained(OSError, f"'{source}' cannot be copied to '{out_dir}'", 'use another checkpoint, or make room'):
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(source, copy)
-            seal(copy, read(copy) | dict(config=config))  # its run may have removed files meanwhile
+            seal(copy, state_in(copy) | dict(config=config))  # its run may have removed files meanwhile
             if log.exists():
                 shutil.copy(log, out_dir)
             os.rename(copy, final)

@@ -90,7 +90,7 @@ class RunFolder:
                     raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on "
                                     'with it, another --out_dir, or --overwrite=True to lose them')
                 if c.decay_steps:
-                    return found, Path(c.init_from), checkpoint.read(Path(c.init_from))
+                    return found, Path(c.init_from), checkpoint.state_in(Path(c.init_from))
                 return found, *(checkpoint.newest(c.out_dir) if resumes else (None, None))
             self.found, self.path, self.saved = from_rank_0(look)
             if self.writes:
