@@ -243,6 +243,8 @@ def test_a_sweep_searches_them(data_dir, tmp_path, monkeypatch, capsys):
     assert run_sweep(monkeypatch, *grid) == 0 and '0 to do' in capsys.readouterr().out
     with pytest.raises(UserError, match='eps_mult.embedding is 3.0 there and is 1.0 here'):
         run_sweep(monkeypatch, *grid[:-1])
+    with pytest.raises(UserError, match='lr_mult.final_norm is 1.0 there and varies here'):
+        run_sweep(monkeypatch, *grid, '--lr_mult.final_norm=0.5,2')
     with pytest.raises(UserError, match='it would do nothing for kv_weight'):
         run_sweep(monkeypatch, *usual, f'--out_dir={tmp_path / "none"}', '--lr_mult.kv_weight=0.5,2')
     assert not (tmp_path / 'none').exists()
