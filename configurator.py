@@ -1,10 +1,11 @@
 """
 Turns a command line of config files and --key=value flags into overrides for a dataclass of defaults.
 
-    python train.py config/completep_small.py --n_layer=16 --learning_rate=0.004
+    python train.py config/completep_small.py --n_layer=16 --learning_rate=0.004 --lr_mult.embedding=4
 
-Files and flags apply from left to right. A config file is Python made of plain assignments; names that start with an
-underscore are its own. It runs as code: use files you trust.
+Files and flags apply from left to right. A key that is a dict of numbers, lr_mult = dict(embedding=4.0), is added to
+entry by entry; --lr_mult.NAME=4 sets one, and --lr_mult.NAME+OTHER=4 sets several to the same number. A config file is
+Python made of plain assignments; names that start with an underscore are its own. It runs as code: use files you trust.
 """
 import ast
 import difflib
@@ -36,11 +37,49 @@ def typed(key, value, types, where, axes=()):
         hint = f"did you mean '{near[0]}'?" if near else 'see --help for all keys'
         raise UserError(f"{where}: unknown key '{key}'; {hint}")
     expected = types[key]
+    if expected is dict:
+        return typed_entries(key, value, where, key in axes)
     if expected is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not expected:
         raise UserError(f'{where}: {key} must be {expected.__name__}, got {value!r} ({type(value).__name__})')
     return value
+
+
+def typed_entries(key, value, where, listed):
+    """`value` as a dict of floats. An entry a+b becomes two, a and b. If `listed`, an entry may hold a list of values,
+    and a+b stays one entry, because it is one axis; nested() makes it two."""
+    if type(value) is not dict:
+        raise UserError(f'{where}: {key} holds a number for each name, got {value!r}: write {key} = dict(name=2.0), or '
+                        f'--{key}.name=2')
+    entries = {}
+    for names, number in value.items():
+        entry = f'{key}.{names}'
+        number = typed(entry, number, {entry: float}, where, [entry] if listed else ())
+        entries |= dict.fromkeys([names] if listed else str(names).split('+'), number)
+    return entries
+
+
+def flat(values):
+    """{key: value} in which every entry of a dict has a key of its own: lr_mult.embedding."""
+    entries = {f'{key}.{name}': number for key, held in values.items() if isinstance(held, dict)
+               for name, number in held.items()}
+    return {key: value for key, value in values.items() if not isinstance(value, dict)} | entries
+
+
+def nested(values):
+    """flat() undone. Refuses a name that is set twice, as in lr_mult.a and lr_mult.a+b."""
+    found = {}
+    for key, value in values.items():
+        key, dot, names = key.partition('.')
+        for name in names.split('+') if dot else ():
+            entries = found.setdefault(key, {})
+            if name in entries:
+                raise UserError(f'{key}.{name} is set twice, leave one of them out')
+            entries[name] = value
+        if not dot:
+            found[key] = value
+    return found
 
 
 def imported_names(path):
@@ -92,8 +131,11 @@ def read_flag(argument, types, axes=(), switches=()):
         return {key: True}
     if not equals:
         raise UserError(f"'{argument}' has no value; write {argument}=VALUE")
-    values = [parse(part, types.get(key, str)) for part in (text.split(',') if key in axes else [text])]
-    return {key: typed(key, values if len(values) > 1 else values[0], types, f"'{argument}'", axes)}
+    key, dot, names = key.partition('.')
+    kind = float if dot else types.get(key, str)
+    values = [parse(part, kind) for part in (text.split(',') if key in axes else [text])]
+    value = values if len(values) > 1 else values[0]
+    return {key: typed(key, {names: value} if dot else value, types, f"'{argument}'", axes)}
 
 
 def print_help(defaults):
@@ -106,11 +148,13 @@ def print_help(defaults):
 
 
 def merge(earlier, later, defaults):
-    """`earlier` overridden by `later`. A group in defaults.one_of is of keys that set one thing: where `later` sets one
-    of them, the others go back to their defaults."""
-    replaced = {key: getattr(defaults, key) for group in defaults.one_of if any(later.get(key) for key in group)
+    """`earlier` overridden by `later`, dicts entry by entry. A group in defaults.one_of is of keys that set one thing:
+    where `later` sets one of them, the others go back to their defaults."""
+    one_of = getattr(defaults, 'one_of', ())
+    replaced = {key: getattr(defaults, key) for group in one_of if any(later.get(key) for key in group)
                 for key in group if key in earlier}
-    return earlier | replaced | later
+    dicts = {key: earlier[key] | value for key, value in later.items() if isinstance(value, dict) and key in earlier}
+    return earlier | replaced | later | dicts
 
 
 def configure(defaults, argv, axes=None, switches=()):
@@ -121,7 +165,7 @@ def configure(defaults, argv, axes=None, switches=()):
     types, more = field_types(defaults), field_types(axes)
     listed = more.keys() - types.keys()
     types, overrides, flags = more | types, {}, {}
-    rules = next((keys for keys in (axes, defaults) if hasattr(keys, 'one_of')), None)
+    rules = next((keys for keys in (axes, defaults) if hasattr(keys, 'one_of')), defaults)
     for argument in argv:
         if argument in ('-h', '--help'):
             print_help(defaults)
@@ -129,7 +173,7 @@ def configure(defaults, argv, axes=None, switches=()):
         is_flag = argument.startswith('--')
         later = read_flag(argument, types, listed, switches) if is_flag else read_file(argument, types, listed)
         flags |= later if is_flag else {}
-        for group in rules.one_of if rules else ():
+        for group in getattr(rules, 'one_of', ()):
             both = [key for key in group if (flags | later).get(key)]
             if len(both) > 1:
                 raise UserError(f"{argument}: {' and '.join(both)} set one thing: leave one of them out (a config may "
@@ -137,7 +181,7 @@ def configure(defaults, argv, axes=None, switches=()):
             lost = [key for key in group if overrides.get(key) and key not in later and key not in flags and both]
             if lost and os.environ.get('RANK', '0') == '0':
                 print(f"{argument} replaces {', '.join(f'{key}={overrides[key]}' for key in lost)}")
-        overrides = merge(overrides, later, rules) if rules else overrides | later
+        overrides = merge(overrides, later, rules)
     return overrides
 
 

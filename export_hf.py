@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from configurator import configure
+from configurator import configure, flat
 from model import GPT, GPTConfig, role_of
 from nanop import checkpoint
 from nanop.dataset import content_differs, open_dataset
@@ -131,11 +131,12 @@ def figures_of(c, gpt, data, model, sequences, found, loss_with_padding, loss, s
 # The model card
 def command(config, meta):
     """The command that trains with these keys; of paths, which are the user's own, the last name."""
-    ignored = {'out_dir', 'init_from', 'overwrite', 'new_data', 'eval_only', 'wandb_project', 'wandb_run_name'}
-    config = config | dict(dataset=Path(config['dataset']).name)
+    ignored = {'out_dir', 'init_from', 'overwrite', 'new_data', 'eval_only', 'decay_steps', 'wandb_project',
+               'wandb_run_name'}
+    config, usual = flat(config | dict(dataset=Path(config['dataset']).name)), asdict(TrainConfig())
     ignored |= {key for key in ('vocab_size', 'real_vocab_size') if config[key] == meta[key]}
     flags = [f'--{key}={value}' for key, value in config.items()
-             if key not in ignored and hasattr(TrainConfig, key) and value != getattr(TrainConfig, key)]
+             if key not in ignored and key.partition('.')[0] in usual and value != usual.get(key, 1.0)]
     return shlex.join(['python', 'train.py', *flags])
 
 
@@ -146,7 +147,8 @@ def card(c, run, gpt, target, folded, figures):
     base = ('n_layer', 'n_embd', 'head_dim', *(['n_kv_head'] if gpt.n_kv_head else []))
     values = {key: config[key] for key in (
         'learning_rate', 'weight_decay', 'weight_decay_mode', 'tau_ema', 'eps', 'beta1', 'beta2', 'init_std',
-        'input_mult', 'attn_mult', 'output_mult', 'batch_tokens', 'base_batch_tokens', 'base_train_tokens')}
+        'input_mult', 'attn_mult', 'output_mult', 'batch_tokens', 'base_batch_tokens', 'base_train_tokens',
+        'init_std_mult', 'lr_mult', 'weight_decay_mult', 'eps_mult')}
     rows = [('architecture', f'{target}; in nanoP {gpt.n_layer} layers x {gpt.n_embd}, head_dim {gpt.head_dim}, '
                              f'context {gpt.block_size} tokens'), *figures,
             ('training tokens', f"{run['tokens']:,} in {run['step']:,} steps"),
@@ -187,7 +189,7 @@ A GPT trained with nanoP: its hyperparameters are those of a small base shape, m
 {command(config, meta)}
 ```
 
-Base hyperparameters: {', '.join(f'{key} {value}' for key, value in values.items())}.
+Base hyperparameters: {', '.join(f'{key} {value}' for key, value in flat(values).items())}.
 
 The rules multiply these values, for each role of a tensor, by
 

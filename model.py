@@ -18,15 +18,15 @@ Papers: CompleteP arXiv:2505.01618, muP (Tensor Programs V) arXiv:2203.03466, Su
 """
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from nanop import sampling
-from nanop.errors import UserError, require, require_values
-from nanop.layers import ACTIVATIONS, ATTN_SCALES, NORMS, CrossEntropy, SparseLinear, causal_attention, fill, rotate
+from nanop import layers, sampling
+from nanop.errors import UserError, require, require_acting, require_values
+from nanop.layers import ACTIVATIONS, ATTN_SCALES, NORMS, CrossEntropy, causal_attention, fill, hidden_linear, rotate
 from nanop.optimizers import optimizer_by_name
 
 
@@ -166,6 +166,10 @@ class GPTConfig:
     input_mult: float = 1.0            # on the embedding
     attn_mult: float = 1.0             # on the attention logits
     output_mult: float = 1.0           # on the logits
+    init_std_mult: dict = field(default_factory=dict)      # a role's own factor on its init_std: dict(embedding=4.0)
+    lr_mult: dict = field(default_factory=dict)            # on its learning_rate; the roles are in ROLES
+    weight_decay_mult: dict = field(default_factory=dict)
+    eps_mult: dict = field(default_factory=dict)
     # the rules, and the shape at which the base hyperparameters were tuned
     parameterization: str = 'completep'  # gpt2, sp, mup, depth_mup, completep, supar, completep_supar
     alpha: float = 0.0                 # depth exponent in [0.5, 1]; 0: the parameterization's own
@@ -179,7 +183,8 @@ class GPTConfig:
             value = getattr(self, key)
             require(self, key, type(value) is int and 1 <= value < 2**63, 'use an integer of at least 1, below 2**63')
         require_values(self, choices=CHOICES, below_one=['dropout'], at_least=dict(
-            vocab_size=0, n_kv_head=0, base_n_kv_head=0, init_std=0, input_mult=0, attn_mult=1e-6, output_mult=0))
+            vocab_size=0, n_kv_head=0, base_n_kv_head=0, init_std=0, input_mult=0, attn_mult=1e-6, output_mult=0),
+            factors=dict.fromkeys(('init_std_mult', 'lr_mult', 'weight_decay_mult', 'eps_mult'), ROLES))
         require(self, 'n_embd', self.n_embd % self.head_dim == 0, f'use a multiple of head_dim={self.head_dim}')
         require(self, 'n_kv_head', self.n_head % (self.n_kv_head or 1) == 0, f'use a divisor of n_head={self.n_head}')
         require(self, 'base_n_kv_head', self.n_kv_head or not self.base_n_kv_head, 'set n_kv_head, too')
@@ -200,7 +205,7 @@ class GPTConfig:
     @classmethod
     def of(cls, config, **changes):
         """The GPTConfig in a larger config, such as train.py's."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)} | changes)
+        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)} | changes)
 
     @property
     def n_head(self):
@@ -226,13 +231,6 @@ class GPTConfig:
 
 # -----------------------------------------------------------------------------
 # The model
-def hidden_linear(in_features, rows, config):
-    """A linear layer. `rows`: heights of the matrices stacked in its weight (q, k, v); Muon steps each by itself."""
-    linear = (SparseLinear if config.density < 1 else nn.Linear)(in_features, sum(rows), bias=config.bias)
-    linear.rows = rows
-    return linear
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -311,7 +309,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config.n_embd, config.norm_gain, config.bias),
         ))
-        self.lm_head, self.cross_entropy = nn.Linear(config.n_embd, config.vocab_size, bias=False), CrossEntropy()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.cross_entropy = CrossEntropy()
         self.input_mult = config.input_mult * config.rules['embedding'].forward
         self.output_mult = config.output_mult * config.rules['unembedding'].forward
         self.init_weights(generator)
@@ -336,20 +335,17 @@ class GPT(nn.Module):
         c, rules = self.config, self.config.rules
         for name, p in self.weights():
             role = role_of(name)
-            if p.is_meta:
-                continue
             if p.dim() == 1:  # norms start as the identity, biases at zero
                 p.fill_(1.0 if role.endswith('norm') and name.endswith('weight') else 0.0)
-            else:  # drawn on the CPU at full size, so the values do not depend on device or world size
-                values = torch.empty(p.shape).normal_(0.0, c.init_std * rules[role].init_std, generator=generator)
+            elif not p.is_meta:  # drawn on the CPU at full size, so the values do not depend on device or world size
+                std = c.init_std * c.init_std_mult.get(role, 1.0) * rules[role].init_std
+                values = torch.empty(p.shape).normal_(0.0, std, generator=generator)
                 if c.zero_init_query and name.endswith('attn.c_attn.weight'):
                     values[:c.n_embd] = 0.0  # the rows of the queries
                 fill(p, values)
-        mask_generator = torch.Generator().manual_seed(c.mask_seed)
-        for module in self.modules():
-            if isinstance(module, SparseLinear) and not module.mask.is_meta:
-                fill(module.mask, torch.rand(module.mask.shape, generator=mask_generator) < c.density)
-                module.weight.mul_(module.mask)
+        drawn = dict.fromkeys(role_of(name) for name, p in self.weights() if p.dim() > 1)
+        require_acting(c, 'init_std_mult', [role for role in drawn if rules[role].init_std])
+        layers.draw_masks(self, c.density, c.mask_seed)
 
     def weights(self):
         """(name, parameter) of everything that is trained: all parameters but the masks."""
@@ -394,12 +390,13 @@ class GPT(nn.Module):
         if optimizer == 'muon' and self.config.density < 1:
             raise UserError(f"optimizer='muon' has no rule for density={self.config.density}: its steps would fill "
                             'masked weights; use density=1 or another optimizer')
-        groups, rules = {}, self.config.rules
+        c, groups, rules = self.config, {}, self.config.rules
         for name, p in self.weights():
             role = role_of(name)
             if None in (rules[role].lr, rules[role].weight_decay, rules[role].eps):
                 raise ValueError(f"role '{role}' has no rule for optimizer='{optimizer}': give it one in scaling_rules")
             lr, decay, eps_factor = OPTIMIZERS[optimizer](rules[role])
+            lr, decay = lr * c.lr_mult.get(role, 1.0), decay * c.weight_decay_mult.get(role, 1.0)  # the role's own
             by_muon = optimizer == 'muon' and rules[role].muon
             if by_muon:  # lr * weight_decay stays the same
                 lr, decay = lr * muon_mult, decay / muon_mult
@@ -408,11 +405,13 @@ class GPT(nn.Module):
                 grad_scale = OPTIMIZERS['sgd'](rules[role])[0] ** 0.5
             group = groups.setdefault(role, dict(
                 params=[], role=role, lr_scale=lr, lr=learning_rate * lr, weight_decay=weight_decay * decay,
-                **(dict(eps=eps * eps_factor) if eps_factor else {}), **(dict(rows=[]) if by_muon else {}),
-                grad_scale=grad_scale))
+                **(dict(eps=eps * c.eps_mult.get(role, 1.0) * eps_factor) if eps_factor else {}),
+                **(dict(rows=[]) if by_muon else {}), grad_scale=grad_scale))
             group['params'].append(p)
             if by_muon:
                 group['rows'].append(self.get_submodule(name.removesuffix('.weight')).rows)
+        for key in ('lr', 'weight_decay', 'eps'):
+            require_acting(c, f'{key}_mult', [role for role, group in groups.items() if group.get(key)])
         return optimizer_by_name(optimizer, list(groups.values()), learning_rate, betas, eps, device_type)
 
     def num_params(self):

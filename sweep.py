@@ -26,7 +26,7 @@ from nanop.files import make_out_dir
 from nanop.machine import pick_device
 from tools.stack import why_not_stack
 from tools.sweep_files import write_trials
-from tools.sweep_points import DEFAULTS, NOT_SWEPT, Sweep, cost
+from tools.sweep_points import DEFAULTS, NO_MULT, NOT_SWEPT, Sweep, cost
 from tools.sweep_queue import (
     SAMPLERS,
     data_facts,
@@ -106,7 +106,7 @@ def write_best(path, sweep, rows, overrides):
     config = sweep.train_config(sweep.points[0] | setting)
     always = ('n_layer', 'n_embd', 'head_dim', 'base_n_layer', 'base_n_embd', 'base_head_dim', *sweep.axes)
     values = {key: value for key, value in asdict(config).items()
-              if (key in always or value != DEFAULTS[key]) and key not in (*NOT_SWEPT, 'seed')}
+              if (key in always or value != DEFAULTS.get(key, {})) and key not in (*NOT_SWEPT, 'seed')}
     values.update({key: overrides[key] for key in NOT_SWEPT if key in overrides and key != 'overwrite'})  # for train.py
     values['out_dir'] = str(Path(path).with_suffix(''))
     lines = [f'# The best of {num_points} points: validation loss {loss:.4f} at {config.n_layer} layers x '
@@ -127,7 +127,7 @@ def keep(study, sweep, out_dir):
 
 def make_report(sweep, name, rows, others):
     """The SweepReport on rows of this sweep, see Sweep.divide()."""
-    shared = {key: value for key, value in sweep.facts['base'].items() if value != DEFAULTS[key]}
+    shared = {key: value for key, value in sweep.facts['base'].items() if value != DEFAULTS.get(key, NO_MULT)}
     return SweepReport(name, rows, sweep.models, sweep.axes, shared, sweep.config.search == 'grid', sweep.row_keys,
                        others)
 

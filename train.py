@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,13 +29,15 @@ from nanop.optimizers import clip_gradients
 from nanop.parallel import say, split_batch, sum_over_ranks
 from nanop.run_folder import Progress, RunFolder, require_fit
 from nanop.run_log import Throughput, startup_text
-from nanop.sampling import print_sample
+from nanop.sampling import show_sample
+from nanop.schedule import SCHEDULES, branch_keys, lr_fraction, require_schedule
 from nanop.terminal import StopSignals
 
 OUR_STARTS = 'scratch', 'resume', 'auto'
+NOT_RESUMED = {'out_dir', 'init_from', 'overwrite', 'eval_only', 'new_data', 'decay_steps'}
 TRAIN_CHOICES = dict(
     optimizer=OPTIMIZERS, clip_norm=('plain', 'scaled'), parallel=parallel.KINDS,
-    schedule=('linear', 'cosine', 'constant'), weight_decay_mode=('coupled', 'independent'))
+    schedule=SCHEDULES, weight_decay_mode=('coupled', 'independent'))
 
 
 @dataclass
@@ -43,7 +46,9 @@ class TrainConfig(GPTConfig):
     out_dir: str = 'out'                   # folder for everything that the run writes; '': nothing is written
     overwrite: bool = False                # True: start anew although out_dir holds checkpoints
     init_from: str = 'scratch'             # scratch, resume (go on in out_dir), auto (resume if there is a checkpoint,
-    #                                        else scratch), gpt2, gpt2-medium, .. or a folder of Hugging Face
+    #                                        else scratch), gpt2, gpt2-medium, .. or a folder of Hugging Face; with
+    #                                        decay_steps a checkpoint, out/long/ckpt_000002000
+    decay_steps: int = 0                   # > 0: branch off that checkpoint into out_dir and decay in this many steps
     new_data: bool = False                 # True: resume although the dataset is not the one trained on so far
     seed: int = 1337                       # weights, data order and dropout
     # data
@@ -75,14 +80,15 @@ class TrainConfig(GPTConfig):
     rescale: str = 'lr,weight_decay,eps,beta1,beta2'  # what they act on; beta1 loses in longer runs: docs/variants.md
     # schedule: a factor on every learning rate
     warmup_frac: float = 0.1               # fraction of the steps, linear from zero
-    schedule: str = 'linear'               # after the warm-up: linear, cosine, constant
-    final_lr_frac: float = 0.0             # where linear and cosine end
+    schedule: str = 'linear'               # after the warm-up: linear, cosine, constant, wsd (constant, then linear)
+    decay_frac: float = 0.0                # wsd: fraction of the steps, at the end, in which the rate falls
+    final_lr_frac: float = 0.0             # where linear, cosine and wsd end
     # evaluation, checkpoints and logs
     eval_interval: int = 250               # steps between validations, each followed by a checkpoint; 0: only the last
     eval_tokens: int = 65536               # validation tokens, the same ones every time
     eval_only: bool = False                # validate once and stop
     always_save_checkpoint: bool = True    # False: only when the validation loss is the best so far
-    keep_checkpoints: int = 2              # the newest so many stay; more for export_hf.py --average
+    keep_checkpoints: int = 2              # the newest so many stay; more for export_hf.py --average and decay_steps
     log_interval: int = 10                 # steps between rows of metrics.csv
     sample_tokens: int = 0                 # length of a sample to print at the end
     wandb_log: bool = False                # also log to Weights & Biases
@@ -102,20 +108,22 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         require_values(
-            self, choices=TRAIN_CHOICES, fractions=('warmup_frac', 'final_lr_frac'), below_one=('beta1', 'beta2'),
-            at_least=dict(batch_tokens=1, batch_size=1, max_iters=1, train_tokens=0, tokens_per_param=0,
-                          learning_rate=0, weight_decay=0, tau_ema=0, muon_mult=1e-6, eps=1e-38, grad_clip=0,
-                          skip_grad_norm=0, base_batch_tokens=0, base_train_tokens=0, eval_interval=0, eval_tokens=1,
-                          log_interval=1, sample_tokens=0, seed=0, keep_checkpoints=2, timeout_s=1))
-        require_start(self, OUR_STARTS)
+            self, choices=TRAIN_CHOICES, fractions=('warmup_frac', 'decay_frac', 'final_lr_frac'),
+            below_one=('beta1', 'beta2'), at_least=dict(
+                decay_steps=0, batch_tokens=1, batch_size=1, max_iters=1, train_tokens=0, tokens_per_param=0,
+                learning_rate=0, weight_decay=0, tau_ema=0, muon_mult=1e-6, eps=1e-38, grad_clip=0, skip_grad_norm=0,
+                base_batch_tokens=0, base_train_tokens=0, eval_interval=0, eval_tokens=1, log_interval=1,
+                sample_tokens=0, seed=0, keep_checkpoints=2, timeout_s=1))
+        require_schedule(self)
+        checkpoint.require_source(self)
+        if not self.decay_steps:
+            require_start(self, OUR_STARTS)
         require(self, 'tau_ema', not (self.tau_ema and self.weight_decay),
                 f'weight_decay={self.weight_decay} sets the decay, too, leave one of them at 0')
         require(self, 'train_tokens', not (self.train_tokens and self.tokens_per_param),
                 f'tokens_per_param={self.tokens_per_param} sets the duration, too, leave one of them at 0')
         require(self, 'max_iters', self.max_iters == TrainConfig.max_iters or not (self.train_tokens or
                 self.tokens_per_param), 'train_tokens or tokens_per_param sets the duration, too, leave it out')
-        require(self, 'final_lr_frac', not self.final_lr_frac or self.schedule != 'constant',
-                "schedule='constant' ends at the peak, leave it at 0 or use another schedule")
         decays = self.tau_ema or self.weight_decay and self.weight_decay_mode == 'independent'
         require(self, 'learning_rate', self.learning_rate or not decays,
                 'tau_ema and independent weight decay divide by it, use a value above 0')
@@ -138,17 +146,6 @@ class TrainConfig(GPTConfig):
 
 # -----------------------------------------------------------------------------
 # Arithmetic on the keys
-def lr_fraction(config, step, steps):
-    """Fraction of the peak learning rate at `step` of `steps`, above zero at every step that is taken."""
-    warmup = round(config.warmup_frac * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    decayed = {'constant': 1.0, 'linear': 1 - progress, 'cosine': 0.5 * (1 + math.cos(math.pi * progress))}
-    floor = 0.0 if config.schedule == 'constant' else config.final_lr_frac
-    return floor + (1 - floor) * decayed[config.schedule]
-
-
 def num_steps(config, num_params, step=0, tokens=0):
     """The optimizer step at which a run ends that has come to `step` with `tokens`."""
     goal = config.train_tokens or config.tokens_per_param * num_params
@@ -195,10 +192,11 @@ def build_model(config, data):
     vocab_size = c.vocab_size or data.vocab_size
     shape = GPTConfig.of(c, vocab_size=vocab_size,
                          real_vocab_size=c.real_vocab_size or min(data.real_vocab_size, vocab_size))
-    if c.init_from not in OUR_STARTS:
+    if c.init_from not in OUR_STARTS and not c.decay_steps:
         model, meta = from_hf(c.init_from, GPT, shape, c.block_size)
+        usual = GPTConfig()
         require_fit(c.init_from, {key: (value, getattr(shape, key)) for key, value in asdict(model.config).items()
-                                  if getattr(c, key) != getattr(TrainConfig, key)}, meta or data.meta, data.meta)
+                                  if getattr(c, key) != getattr(usual, key)}, meta or data.meta, data.meta)
     else:
         with torch.device('meta') if c.parallel != 'ddp' else nullcontext():
             model = GPT(shape, torch.Generator().manual_seed(c.seed))
@@ -367,21 +365,23 @@ def train(config, stop=None):
         return summary
 
 
-def show_sample(config, model, data):
-    c = config
-    print(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
-    print_sample(model.eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)
-
-
 def read_config(argv):
-    """The TrainConfig of a command line; a resumed run starts from the config in its checkpoint."""
+    """The TrainConfig of a command line; a run that resumes or branches starts from the config in its checkpoint."""
     overrides = configure(TrainConfig, argv)
-    out_dir, init_from = overrides.get('out_dir', TrainConfig.out_dir), overrides.get('init_from')
-    if init_from == 'resume' or init_from == 'auto' and checkpoint.find(out_dir):
-        keys = {field.name for field in fields(TrainConfig)} - {'out_dir', 'overwrite', 'eval_only', 'new_data'}
-        known = {key: value for key, value in checkpoint.read_state(out_dir)['config'].items() if key in keys}
+    out_dir, init_from = overrides.get('out_dir', TrainConfig.out_dir), overrides.get('init_from', '')
+    branches = overrides.get('decay_steps', 0) > 0 and checkpoint.is_one(init_from)
+    if branches or init_from == 'resume' or init_from == 'auto' and checkpoint.find(out_dir):
+        state = checkpoint.state_in(Path(init_from), [checkpoint.STATE]) if branches else checkpoint.read_state(out_dir)
+        keys = {each.name for each in fields(TrainConfig)} - NOT_RESUMED
+        known = {key: value for key, value in state['config'].items() if key in keys}
         if known.get('train_tokens') or known.get('tokens_per_param'):  # earlier versions ignored it then
             known.pop('max_iters')
+        if branches:
+            with torch.device('meta'):
+                num_params = GPT(GPTConfig(**state['model_config'])).num_params()
+            at, long = Progress.of(state), TrainConfig(**known)
+            steps = num_steps(long, num_params, at.step, at.tokens)
+            known |= branch_keys(long, steps, at.step, at.tokens, overrides)
         overrides = merge(known, overrides, TrainConfig)
     return TrainConfig(**overrides)
 

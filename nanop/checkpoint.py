@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from nanop.errors import UserError, explained, first_line
+from nanop.errors import UserError, explained, first_line, require
 from nanop.files import checksum, flush_folder, remove, write_atomically
 from nanop.parallel import lost_contact, rank_and_world_size
 
@@ -45,6 +45,19 @@ def step_of(path):
     return int(match[1]) if match else None
 
 
+def is_one(name):
+    """Whether `name` is that of a checkpoint, out/long/ckpt_000002000."""
+    return step_of(Path(name)) is not None
+
+
+def require_source(config):
+    """Refuse decay_steps without a checkpoint to branch off, and such a checkpoint without decay_steps."""
+    require(config, 'decay_steps', is_one(config.init_from) or not config.decay_steps,
+            'it needs init_from=FOLDER/ckpt_.., the checkpoint to branch off')
+    require(config, 'init_from', config.decay_steps or not is_one(config.init_from),
+            'this is a checkpoint, set decay_steps to branch a decay off it')
+
+
 def find(out_dir, suffix=''):
     """The checkpoints of a run, newest first, whole or damaged; with suffix='.tmp' the half-written ones. Other names
     are the user's. out_dir='', a run that writes nothing, has none."""
@@ -62,6 +75,13 @@ def user_error(error, problem, use):
 
 # -----------------------------------------------------------------------------
 # Writing
+def seal(folder, state):
+    """Add the state to a folder of tensors, and the checksums of all."""
+    write_atomically(folder / STATE, json.dumps(state, indent=1).encode())
+    sums = {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
+    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
+
+
 class Writer(HuggingFaceStorageWriter):
     """Writes the tensors of every rank; then rank 0 adds the state and the name, and removes all but the newest."""
 
@@ -72,9 +92,7 @@ class Writer(HuggingFaceStorageWriter):
     def finish(self, metadata, results):
         super().finish(metadata, results)
         folder = Path(self.path)
-        write_atomically(folder / STATE, json.dumps(self.state, indent=1).encode())
-        sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
-        write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
+        seal(folder, self.state)
         if os.path.lexists(self.final):  # it was damaged, so the run went back before it and has come here again
             remove(self.final)
         os.rename(folder, self.final)
@@ -184,6 +202,33 @@ def read_state(out_dir):
         if not damage(path, [STATE]):
             return require_known(path, json.loads((path / STATE).read_text()))
     return newest(out_dir)[1]  # raises and says what is wrong
+
+
+def state_in(path, names=None):
+    """The state of one checkpoint, whose files are checked: all, or those called `names`."""
+    problem = damage(path, names)
+    if problem:
+        raise UserError(f"'{path}' is no checkpoint that can be used ({problem}): use another")
+    return require_known(path, json.loads((path / STATE).read_text()))
+
+
+def branch(source, out_dir, config):
+    """Begin the run of `config`, a dict, in the folder out_dir with a copy of the checkpoint `source` and of the log
+    beside it, so that it can resume as if it had come to this step by itself."""
+    final, log = path_of(out_dir, step_of(source)), source.parent / 'metrics.csv'
+    copy = Path(f'{final}.tmp')
+    try:
+        with explained(OSError, f"'{source}' cannot be copied to '{out_dir}'", 'use another checkpoint, or make room'):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(source, copy)
+            seal(copy, state_in(copy) | dict(config=config))  # its run may have removed files meanwhile
+            if log.exists():
+                shutil.copy(log, out_dir)
+            os.rename(copy, final)
+            flush_folder(final.parent)
+    except UserError:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
 
 
 def tensors_of(model, optimizer):

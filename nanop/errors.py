@@ -51,8 +51,9 @@ def require(config, key, ok, use):
         raise UserError(f'{key}={getattr(config, key)!r} is not allowed: {use}')
 
 
-def require_values(config, at_least={}, fractions=(), below_one=(), choices={}):
-    """Refuse a config with a value that is too small, infinite or nan, outside [0, 1] or [0, 1), or not a choice."""
+def require_values(config, at_least={}, fractions=(), below_one=(), choices={}, factors={}):
+    """Refuse a config with a value that is too small, infinite or nan, outside [0, 1] or [0, 1), or not a choice, or
+    with a dict of factors that has an unknown name or a factor that is not a finite number above 0."""
     for key, lowest in at_least.items():
         value = getattr(config, key)
         ok = lowest <= value < (2**63 if isinstance(value, int) else math.inf)  # False for nan
@@ -64,6 +65,20 @@ def require_values(config, at_least={}, fractions=(), below_one=(), choices={}):
     for key, allowed in choices.items():
         names = ', '.join(name or "''" for name in allowed)
         require(config, key, getattr(config, key) in allowed, f'use one of {names}')
+    for key, names in factors.items():
+        held = getattr(config, key)
+        require(config, key, isinstance(held, dict), f'use a dict such as dict({next(iter(names))}=2.0)')
+        for name, factor in held.items():
+            require(config, key, name in names, f"{name!r} is unknown, use some of {', '.join(names)}")
+            ok = type(factor) in (int, float) and 0 < factor < math.inf  # False for nan
+            require(config, key, ok, f'use a finite number above 0 for {name}')
+
+
+def require_acting(config, key, names):
+    """Refuse a factor other than 1 in the dict config.key that would do nothing. Factors act on `names` alone."""
+    for name, factor in getattr(config, key).items():
+        require(config, key, name in names or factor == 1, f'it would do nothing for {name}, leave that out; here it '
+                                                           f"acts on {', '.join(names) or 'no role'}")
 
 
 def exit_on_user_error(main, if_stopped='stopped', goes_on=True):

@@ -34,12 +34,29 @@ class SparseLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
+def hidden_linear(in_features, rows, config):
+    """A linear layer. `rows`: heights of the matrices stacked in its weight (q, k, v); Muon steps each by itself."""
+    linear = (SparseLinear if config.density < 1 else nn.Linear)(in_features, sum(rows), bias=config.bias)
+    linear.rows = rows
+    return linear
+
+
 @torch.no_grad()
 def fill(tensor, values):
     """Copy `values`, the same on every rank, into a tensor; into a sharded tensor each rank copies its own part."""
     if isinstance(tensor, DTensor):  # src_data_rank=None: nothing is sent
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
+
+
+@torch.no_grad()
+def draw_masks(model, density, seed):
+    """Draw the masks of a model's SparseLinear layers, and set masked weights to zero; on the meta device draw none."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, SparseLinear) and not module.mask.is_meta:
+            fill(module.mask, torch.rand(module.mask.shape, generator=generator) < density)
+            module.weight.mul_(module.mask)
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import statistics
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from nanop import checkpoint
 from nanop.dataset import content_differs
@@ -85,11 +86,13 @@ class RunFolder:
                     on_exit.callback(lock(c.out_dir).release)
                 found = checkpoint.find(c.out_dir)
                 resumes = c.init_from == 'resume' or found and c.init_from == 'auto'
+                if found and not (resumes or c.overwrite or c.eval_only):
+                    raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on "
+                                    'with it, another --out_dir, or --overwrite=True to lose them')
+                if c.decay_steps:
+                    return found, Path(c.init_from), checkpoint.state_in(Path(c.init_from))
                 return found, *(checkpoint.newest(c.out_dir) if resumes else (None, None))
             self.found, self.path, self.saved = from_rank_0(look)
-            if self.found and not (self.saved or c.overwrite or c.eval_only):
-                raise UserError(f"'{c.out_dir}' holds the checkpoints of a run: use --init_from=resume to go on with "
-                                'it, another --out_dir, or --overwrite=True to lose them')
             if self.writes:
                 self.checkpoints = checkpoint.Checkpoints(c.out_dir, c.timeout_s, c.keep_checkpoints)
                 on_exit.callback(self.settle)
@@ -153,6 +156,8 @@ class RunFolder:
 
         def begin_on_rank_0():
             self.checkpoints.clean(first_step)
+            if config.decay_steps:
+                checkpoint.branch(self.path, self.out_dir, asdict(config))
             self.log.begin(asdict(config))
 
         if self.writes:

@@ -37,9 +37,9 @@ def describe(model, optimizer):
         if role in groups:
             g = groups[role]
             decay = g['lr'] * g['weight_decay'] / (1 - g.get('momentum', 0))
-            values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(model.config.init_std * rule.init_std),
-                      NUMBER(g['lr']), NUMBER(g['weight_decay']), NUMBER(decay),
-                      NUMBER(g['eps']) if 'eps' in g else '-']
+            std = model.config.init_std * model.config.init_std_mult.get(role, 1.0) * rule.init_std
+            values = [f"{sum(p.numel() for p in g['params']):,}", NUMBER(std), NUMBER(g['lr']),
+                      NUMBER(g['weight_decay']), NUMBER(decay), NUMBER(g['eps']) if 'eps' in g else '-']
         elif role == 'unembedding':  # tied: the tensor counts as the embedding's
             values[0] = '0'
         elif rule.init_std is not None:  # this model has no such parameters: no biases, gains or QK norms

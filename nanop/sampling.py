@@ -69,3 +69,10 @@ def print_sample(model, tokenizer, start, max_new_tokens, temperature=0.8, top_k
     for token in stream(model, prompt, max_new_tokens, temperature, top_k, generator):
         print(decoder.decode(tokenizer.token_bytes(token.item())), end='', flush=True)
     print(decoder.decode(b'', final=True))
+
+
+def show_sample(config, model, data):
+    """Print the sample with which a run ends."""
+    c = config
+    print(f'a sample of {c.sample_tokens} tokens (python sample.py --out_dir={c.out_dir} for more):')
+    print_sample(model.eval(), data.tokenizer(), '', c.sample_tokens, seed=c.seed)

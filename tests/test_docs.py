@@ -70,7 +70,7 @@ def check_flags(script, arguments):
     arguments = [word for word in arguments
                  if not word.startswith(('out/', '--init_from=out/')) and '..' not in word.partition('=')[2]]
     if script == 'train.py':
-        if not any('resume' in word for word in arguments):
+        if not any('resume' in word or 'decay_steps' in word for word in arguments):
             read_config(arguments)
         configure(TrainConfig, arguments)
     elif script == 'sweep.py':

@@ -78,13 +78,15 @@ WORDS = st.sampled_from(['', 'auto', 'scratch', 'resume', 'gpt3', 'completep', '
 
 def values_of(field):
     """Right and wrong values for a key, as text."""
-    right = {bool: st.booleans(), int: SIZES, float: NUMBERS, str: WORDS}[field.type]
+    right = {bool: st.booleans(), int: SIZES, float: NUMBERS, str: WORDS, dict: NUMBERS}[field.type]
     return st.one_of(right, right, right, NUMBERS, st.text(max_size=5)).map(str)
 
 
 FIELDS = [field for field in fields(TrainConfig) if field.name not in ('out_dir', 'dataset', *SMALL)]
-CHANGES = st.lists(st.sampled_from(FIELDS).flatmap(
-    lambda field: values_of(field).map(lambda value: f'--{field.name}={value}')), min_size=1, max_size=4)
+NAMES = st.sampled_from(['.embedding', '.block_norm', '.hidden_weight+residual_proj', '.kv_weight', '.', '.x', ''])
+CHANGES = st.lists(st.sampled_from(FIELDS).flatmap(lambda field: st.tuples(
+    NAMES if field.type is dict else st.just(''), values_of(field)).map(
+        lambda of: f'--{field.name}{of[0]}={of[1]}')), min_size=1, max_size=4)
 
 
 @MANY

@@ -77,8 +77,7 @@ def in_threads(count, call):
 
 
 def rows_in(out_dir):
-    return read_trials(Path(out_dir) / 'trials.csv', {key: type(getattr(TrainConfig, key))
-                                                   for key in TrainConfig.__dataclass_fields__})
+    return read_trials(Path(out_dir) / 'trials.csv', TYPES)
 
 
 # -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train as train_module
-from configurator import configure
+from configurator import configure, flat
 from model import GPT, GPTConfig
 from nanop import checkpoint, dataset, machine, parallel
 from nanop.dataset import Dataset
@@ -71,7 +71,7 @@ def losses_of(out_dir):
 
 
 def flags(config):
-    return [f'--{key}={value}' for key, value in asdict(config).items() if value != '']
+    return [f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != '']
 
 
 def run(script, *args, **env):
@@ -595,7 +595,9 @@ def test_every_model_key_reaches_the_model(tiny):
                    alpha=0.75, base_n_layer=4, base_n_embd=64, base_head_dim=8, init_std=0.1, input_mult=2.0,
                    attn_mult=2.0, output_mult=2.0, vocab_size=300, real_vocab_size=299, n_layer=3, n_embd=48,
                    head_dim=24, block_size=8, norm='rmsnorm', norm_gain=False, activation='relu2',
-                   pos='rope', n_kv_head=1, base_n_kv_head=4, attn_scale='1/d', zero_init_query=True)
+                   pos='rope', n_kv_head=1, base_n_kv_head=4, attn_scale='1/d', zero_init_query=True,
+                   init_std_mult=dict(embedding=2.0), lr_mult=dict(kv_weight=3.0), weight_decay_mult={},
+                   eps_mult=dict(embedding=4.0, final_norm=0.5))
     untied = dict(tie_weights=False, unembed_form='weights', zero_init_unembed=True, zero_init_query=False,
                   qk_norm=True)
     assert {*changed, *untied} == {field.name for field in fields(GPTConfig)}
@@ -795,7 +797,7 @@ def test_a_resumed_run_takes_the_flags_decay(tiny):
 
 
 @pytest.mark.parametrize('key, value, message', [
-    ('schedule', 'step', "schedule='step' is not allowed: use one of linear, cosine, constant"),
+    ('schedule', 'step', "schedule='step' is not allowed: use one of linear, cosine, constant, wsd"),
     ('optimizer', 'adam', "optimizer='adam' is not allowed: use one of adamw, lion, muon, sgd"),
     ('weight_decay_mode', 'decoupled', "weight_decay_mode='decoupled' is not allowed: use one of coupled, independent"),
     ('base_batch_tokens', -1, 'base_batch_tokens=-1 is not allowed'),

@@ -17,12 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model import GPT, GPTConfig, role_of
 from nanop.dataset import Dataset
 from nanop.machine import pick_device, pick_dtype, set_up
-from train import build_model, lr_fraction, make_optimizer, num_steps, rescaled, split_batch
+from nanop.schedule import lr_fraction
+from train import build_model, make_optimizer, num_steps, rescaled, split_batch
 
 DIFFERENT = ('seed', 'learning_rate', 'weight_decay', 'tau_ema', 'beta1', 'beta2', 'eps', 'grad_clip', 'init_std',
              'input_mult', 'attn_mult', 'output_mult', 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd',
              'base_head_dim', 'base_n_kv_head', 'mask_seed', 'warmup_frac', 'schedule', 'final_lr_frac',
-             'weight_decay_mode', 'muon_mult', 'base_batch_tokens', 'base_train_tokens', 'rescale', 'clip_norm')
+             'decay_frac', 'weight_decay_mode', 'muon_mult', 'base_batch_tokens', 'base_train_tokens', 'rescale',
+             'clip_norm', 'init_std_mult', 'lr_mult', 'weight_decay_mult', 'eps_mult')
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the attention that has a backward under vmap on CUDA
 UNKNOWN_VOCAB = 50304  # GPT-2's, padded: where only the dataset knows and it is not here
 

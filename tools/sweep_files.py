@@ -63,6 +63,7 @@ def read_trials(path, types, needed=()):
         text = content.decode('utf-8-sig')  # spreadsheets write a byte-order mark
         lines = csv.reader(io.StringIO(text, newline=''), strict=True)
         keys = next(lines, [])
+        types = types | {key: float for key in keys if '.' in key}  # lr_mult.embedding
         missing = [key for key in needed if key not in keys]
         if keys and (missing or len(set(keys)) < len(keys)):
             problem = f"no column {', '.join(missing)}" if missing else 'the same column twice'

@@ -2,7 +2,7 @@
 The points of a sweep: the models to compare, the values to tune, and which points are the same computation.
 
     model    {key: value}: n_layer, n_embd, density, parameterization, and the keys of a shape and of a variant
-    axes     {key: [value, ..]}: what is tuned
+    axes     {key: [value, ..]}: what is tuned; an entry of a dict is a key of its own: lr_mult.embedding
     point    {key: value}: a model, one value of every axis, and a seed
     digest   a name for what a run computes; points with equal digests are trained once
 """
@@ -16,14 +16,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from configurator import field_types, merge, typed
+from configurator import field_types, flat, merge, nested, typed
 from model import GPT, GPTConfig
 from nanop.errors import UserError
 from nanop.machine import flops_per_token
 from train import TrainConfig, make_optimizer, num_steps, rescaled, split_batch
 
 TYPES = field_types(TrainConfig)
-DEFAULTS = asdict(TrainConfig())
+DEFAULTS = flat(asdict(TrainConfig()))
+NO_MULT = 1.0  # the default of an entry of a dict, none of which is in DEFAULTS
 MODEL_AXES = ('n_layer', 'n_embd', 'density', 'parameterization')
 WORKER_KEYS = ('device', 'compile')  # may differ between the workers of a study
 FIXED = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=0, sample_tokens=0, wandb_log=False)
@@ -62,7 +63,8 @@ def digest(config):
     ignored = {*NOT_SWEPT, 'parameterization', 'alpha', 'base_n_layer', 'base_n_embd', 'base_head_dim'}
     if config.density == 1:
         ignored.add('mask_seed')
-    facts = {key: value for key, value in asdict(config).items() if key not in ignored}
+    facts = {key: value for key, value in flat(asdict(config)).items()
+             if key not in ignored and not ('.' in key and value == NO_MULT)}
     text = json.dumps([facts, config.rules], sort_keys=True)
     return hashlib.sha1(text.encode()).hexdigest()[:12]
 
@@ -92,19 +94,21 @@ def typed_dicts(name, dicts, overrides, complete=False):
     """`dicts` with values of the right types, or [{}] if there are none. All must have the same keys; with `complete`,
     a dict that lacks a key of another one gets the usual value."""
     ok = all(isinstance(each, dict) for each in dicts)
+    if ok:
+        dicts = [flat({key: typed(key, value, TYPES, name) for key, value in each.items()}) for each in dicts]
     if ok and complete:
         usual = DEFAULTS | overrides
         whole = [merge(usual, each, TrainConfig) for each in dicts]
         changed = dict.fromkeys([key for each in dicts for key in each] +  # and what these replace
                                 [key for each in whole for key in usual if each[key] != usual[key]])
-        dicts = [{key: each.get(key) for key in changed} for each in whole]
+        dicts = [{key: each.get(key, NO_MULT) for key in changed} for each in whole]
     if not ok or not all(each and each.keys() == dicts[0].keys() for each in dicts):
         raise UserError(f'{name}={dicts} is not allowed: use a list of dicts of the same keys, '
                         '[dict(n_layer=2), dict(n_layer=4)]')
     for key in dicts[0] if dicts else []:
         if key in ('seed', 'learning_rate', *NOT_SWEPT) or isinstance(overrides.get(key), list):
             raise UserError(f"{key} cannot be in {name}{': it has a list of its own' if key in overrides else ''}")
-    return [{key: typed(key, value, TYPES, name) for key, value in each.items()} for each in dicts or [{}]]
+    return dicts or [{}]
 
 
 class Sweep:
@@ -119,6 +123,7 @@ class Sweep:
 
     def __init__(self, config, overrides):
         self.config, self.sampled = config, config.search not in ('grid', 'random')
+        overrides = flat(overrides)
         values = listed_values(overrides)
         shapes = typed_dicts('shapes', config.shapes, overrides)
         variants = typed_dicts('variants', config.variants, overrides, complete=True)
@@ -159,7 +164,7 @@ class Sweep:
     def train_config(self, point):
         """The TrainConfig of a point. Refuses one that cannot be trained."""
         try:
-            config = TrainConfig(**self.facts['base'] | self.worker_values | point | FIXED)
+            config = TrainConfig(**nested(self.facts['base'] | self.worker_values | point | FIXED))
             split_batch(config, world_size=1)
             if not config.tokens_per_param:  # else the number of steps depends on the model
                 rescaled(config, num_steps(config, 0))

@@ -33,7 +33,7 @@ from nanop.machine import pick_device
 from nanop.terminal import STOP_SIGNALS
 from tools.stack import stack_size, stackable, train_stack, why_not_stack
 from tools.sweep_files import RESULTS, read_facts, read_trials
-from tools.sweep_points import DEFAULTS, TYPES, Sweep
+from tools.sweep_points import DEFAULTS, NO_MULT, TYPES, Sweep
 from train import TRAIN_CHOICES, TrainConfig, train
 
 SAMPLERS = {  # Optuna's, and the package each needs; no seed where workers with the same one would draw the same points
@@ -150,7 +150,9 @@ def require_same_sweep(known, facts, whose):
         replaced = {key for group in TrainConfig.one_of if not set(facts['differ']).isdisjoint(group) for key in group}
         texts = {key: f'is {value!r}' for key, value in facts['base'].items() if key not in replaced}
         return texts | dict.fromkeys(facts['differ'], 'varies') | dict(search=f"is {facts['search']!r}")
-    here, there = described(facts), described(dict(facts, base=DEFAULTS)) | described(known)  # or the default
+    here, there = described(facts), described(known)
+    mults = {key: f'is {NO_MULT!r}' for key in [*here, *there] if '.' in key}
+    here, there = mults | here, described(dict(facts, base=DEFAULTS)) | mults | there  # or the default
     changes = [f'{key} {there[key]} there and {here[key]} here' for key in here if there[key] != here[key]]
     if changes:
         raise UserError(f"{whose} is of another sweep: {'; '.join(changes)}. Use another --out_dir or --study")
