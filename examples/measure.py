@@ -1,0 +1,86 @@
+"""
+Is the port right? Checks plain_gpt.py and plain_gpt_completep.py with the coordinate checker over width and depth, then
+trains both at a few learning rates and measures how far the best one moves. Minutes on one core, without a download.
+
+    python examples/measure.py
+"""
+import os
+import sys
+from pathlib import Path
+
+import plain_gpt
+import plain_gpt_completep
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nanop.coordinates import Band, check  # noqa: E402
+from nanop.errors import UserError, exit_on_user_error  # noqa: E402
+from tools.sweep_report import compare, plus_minus  # noqa: E402
+
+FILES = {'sp': plain_gpt, 'completep': plain_gpt_completep}
+CHECKED = dict(width=(64, 128, 256, 512), depth=(2, 4, 8, 16))
+TRAINED = dict(width=(32, 256), depth=(2, 16))  # the base, and a target
+RATES, SEEDS, STEPS, SEQUENCES = [2.0 ** k for k in range(-10, -2)], (1, 2), 60, 16
+MODULES = {'attention': r'blocks\.\d+\.out', 'mlp': r'blocks\.\d+\.down', 'residual': r'blocks\.\d+', 'logits': 'head'}
+
+
+def config_of(file, axis, size):
+    """The base shape with another width, in heads of the same size, or another depth."""
+    return file.Config(**(dict(width=size, heads=size // 16) if axis == 'width' else dict(depth=size)))
+
+
+def stdlib_batches(count, sequences, context, seed):
+    """[(ids, targets)], each (B, T): bytes of the source of Python's standard library, at random places."""
+    text = b''.join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob('*.py')))
+    data, generator = torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(data) - context - 1, (count, sequences), generator=generator)
+    rows = data[starts[..., None] + torch.arange(context + 1)].long()  # (count, B, T + 1)
+    return [(row[:, :-1], row[:, 1:]) for row in rows]
+
+
+def check_coordinates(axis, name, control=None, sizes=None, seeds=3, steps=5, lr=1e-3):
+    """The CoordinateReport of a file over width or depth."""
+    batches = stdlib_batches(steps + 1, 8, 32, seed=0)  # the last one, -1, is the probe
+
+    def make_with(file):
+        def make(size):
+            model = file.GPT(config_of(file, axis, size))
+            return model, file.make_optimizer(model, lr), lambda step: model(*batches[step])
+        return make
+    expected = {'activation logits 0 .*': Band(-0.5, -0.75, 0.25, 'a random head, divided by the width ratio')}
+    if axis == 'depth':
+        expected['activation logits .*'] = expected['change logits .*'] = None
+    return check(make_with(FILES[name]), sizes or CHECKED[axis], MODULES, blocks=r'blocks\.\d+' * (axis == 'depth'),
+                 expected=expected, control=make_with(FILES[control]) if control else None, seeds=seeds, steps=steps,
+                 names=(name, control), title=f'{name} over {axis}', size_name=axis)
+
+
+def loss_after_training(file, config, lr, seed, steps=STEPS):
+    """Loss on text that is not trained on, nats per byte; infinity if training diverged."""
+    torch.manual_seed(seed)
+    model = file.GPT(config)
+    file.train(model, stdlib_batches(steps, SEQUENCES, config.context, seed), lr)
+    with torch.no_grad():
+        loss = torch.stack([model(*batch) for batch in stdlib_batches(8, 64, config.context, seed=0)]).mean().item()
+    return loss if loss == loss else float('inf')
+
+
+def main():
+    if sys.argv[1:]:
+        raise UserError(f'{sys.argv[1]} is not allowed: there are no flags, change the constants in the file')
+    for axis in CHECKED:
+        print(check_coordinates(axis, 'completep', control='sp'), '\n')
+        print(check_coordinates(axis, 'sp').summary(), '\n')
+    for axis, sizes in TRAINED.items():
+        for name, file in FILES.items():
+            curves = [{lr: {seed: loss_after_training(file, config_of(file, axis, size), lr, seed) for seed in SEEDS}
+                       for lr in RATES} for size in sizes]
+            for size, curve in zip(sizes, curves):
+                print(f'{name}, {axis} {size}: ', *(f'{sum(curve[lr].values()) / len(SEEDS):.3f}' for lr in RATES))
+            found = compare(curves)
+            print(f'{name}: the best rate moves by {found.drift:+.2f} ± {found.drift_error:.2f} octaves, '
+                  f'regret {found.regret_frac:.1%}', flush=True)
+
+
+if __name__ == '__main__':
+    exit_on_user_error(main)
