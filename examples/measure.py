@@ -13,14 +13,15 @@ import plain_gpt_completep
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanop.coordinates import Band, check  # noqa: E402
+from nanop.coordinates import around, check  # noqa: E402
 from nanop.errors import UserError, exit_on_user_error  # noqa: E402
-from tools.sweep_report import compare, plus_minus  # noqa: E402
+from tools.sweep_report import compare  # noqa: E402
 
 FILES = {'sp': plain_gpt, 'completep': plain_gpt_completep}
 CHECKED = dict(width=(64, 128, 256, 512), depth=(2, 4, 8, 16))
 TRAINED = dict(width=(32, 256), depth=(2, 16))  # the base, and a target
 RATES, SEEDS, STEPS, SEQUENCES = [2.0 ** k for k in range(-10, -2)], (1, 2), 60, 16
+WEIGHTS = {'embeddings': r'tokens\.weight', 'hidden': r'blocks\..*\.weight', 'head': r'head\.weight'}
 MODULES = {'attention': r'blocks\.\d+\.out', 'mlp': r'blocks\.\d+\.down', 'residual': r'blocks\.\d+', 'logits': 'head'}
 
 
@@ -47,12 +48,15 @@ def check_coordinates(axis, name, control=None, sizes=None, seeds=3, steps=5, lr
             model = file.GPT(config_of(file, axis, size))
             return model, file.make_optimizer(model, lr), lambda step: model(*batches[step])
         return make
-    expected = {'activation logits 0 .*': Band(-0.5, -0.75, 0.25, 'a random head, divided by the width ratio')}
-    if axis == 'depth':
-        expected['activation logits .*'] = expected['change logits .*'] = None
-    return check(make_with(FILES[name]), sizes or CHECKED[axis], MODULES, blocks=r'blocks\.\d+' * (axis == 'depth'),
-                 expected=expected, control=make_with(FILES[control]) if control else None, seeds=seeds, steps=steps,
-                 names=(name, control), title=f'{name} over {axis}', size_name=axis)
+    expected = {'grad/eps .*': around(0, 'eps must follow the gradient')}
+    if axis == 'width':
+        logits = around(0, 'what is random in the logits falls as width^-1/2, until learning hides it', to=-0.5)
+        expected |= {'activation logits .*': logits, f'change logits (1|{steps}) .*': logits}
+    else:  # the final norm hides from the logits what depth does; of the stream only the last block is judged
+        expected |= {'(activation|change) (logits .*|residual .* (lowest|highest))': None}
+    return check(make_with(FILES[name]), sizes or CHECKED[axis], MODULES, WEIGHTS, r'blocks\.\d+' * (axis == 'depth'),
+                 expected, make_with(FILES[control]) if control else None, seeds, steps, (name, control),
+                 f'{name} over {axis}', axis)
 
 
 def loss_after_training(file, config, lr, seed, steps=STEPS):
