@@ -289,11 +289,13 @@ def bench_shapes(config, bench):
     print(line('shape', 'N:L', 'parameters', 'in blocks', 'FLOPs', 'memory', 'tokens/s', '', 'hours', 'tokens/param',
                'evidence'))
     for row in rows:
-        print(line(row['shape'], f"{row['n_embd_per_layer']:,.1f}", f"{row['params']:,}", f"{row['params_in_blocks']:,}",
-                   si(row['flops']), si(row['planned_bytes'], 'B'), f"{row['tokens_per_s']:,.0f}", row['speed'],
-                   f"{row['hours']:,.2f}", f"{row['tokens_per_param']:,.1f}", row['evidence']))
+        print(line(row['shape'], f"{row['n_embd_per_layer']:,.1f}", f"{row['params']:,}",
+                   f"{row['params_in_blocks']:,}", si(row['flops']), si(row['planned_bytes'], 'B'),
+                   f"{row['tokens_per_s']:,.0f}", row['speed'], f"{row['hours']:,.2f}",
+                   f"{row['tokens_per_param']:,.1f}", row['evidence']))
     if any(row['speed'] == 'estimated' for row in rows):
-        print(f"\nestimated: {bench.mfu:.0%} (--mfu) of the rate of a shape's own matrix products here; --measure=True trains")
+        print(f"\nestimated: {bench.mfu:.0%} (--mfu) of the rate of the shape's matrix products here; "
+              '--measure=True trains each shape instead')
     spans = ', '.join(f'{key} {low:.3g} to {high:.3g}' for key, (low, high) in found.items())
     print('evidence: which ratios of the shape, each by itself, lie within those of the trials in results/ under these '
           f'rules: {spans}; their largest model has {largest:,} parameters' if found else

@@ -20,6 +20,7 @@ class Config:
     width: int = 32
     heads: int = 2
     init_std: float = 0.1
+    embedding_std: float = 0.1
     # edits 1 to 6 need the base, the shape at which init_std, lr, weight_decay and eps were tuned, and the ratios to it
     base_depth: int = 2
     base_width: int = 32
@@ -66,8 +67,10 @@ class GPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(c.vocabulary, c.width), nn.Embedding(c.context, c.width)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm, self.head = nn.LayerNorm(c.width), nn.Linear(c.width, c.vocabulary, bias=False)
-        for name, p in self.named_parameters():  # norms start as the identity and embeddings with a variance of 1
-            if p.dim() == 2 and p is not self.tokens.weight and p is not self.positions.weight:
+        for name, p in self.named_parameters():  # gains of norms are 1
+            if name in ('tokens.weight', 'positions.weight'):
+                nn.init.normal_(p, std=c.embedding_std)
+            elif p.dim() == 2:
                 # edit 1, init: hidden weights sum over m_N times more inputs; the head keeps its init
                 nn.init.normal_(p, std=c.init_std if p is self.head.weight else c.init_std * c.m_N ** -0.5)
             elif name.endswith('bias'):
