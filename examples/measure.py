@@ -4,6 +4,7 @@ trains both at a few learning rates and measures how far the best one moves. Min
 
     python examples/measure.py
 """
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,14 +21,15 @@ from tools.sweep_report import compare  # noqa: E402
 FILES = {'sp': plain_gpt, 'completep': plain_gpt_completep}
 CHECKED = dict(width=(64, 128, 256, 512), depth=(2, 4, 8, 16))
 TRAINED = dict(width=(32, 256), depth=(2, 16))  # the base, and a target
-RATES, SEEDS, STEPS, SEQUENCES = [2.0 ** k for k in range(-10, -2)], (1, 2), 60, 16
+RATES, SEED, STEPS, SEQUENCES = [2.0 ** k for k in range(-9, -3)], 1, 300, 16
 WEIGHTS = {'embeddings': r'tokens\.weight', 'hidden': r'blocks\..*\.weight', 'head': r'head\.weight'}
 MODULES = {'attention': r'blocks\.\d+\.out', 'mlp': r'blocks\.\d+\.down', 'residual': r'blocks\.\d+', 'logits': 'head'}
 
 
-def config_of(file, axis, size):
-    """The base shape with another width, in heads of the same size, or another depth."""
-    return file.Config(**(dict(width=size, heads=size // 16) if axis == 'width' else dict(depth=size)))
+def config_of(file, axis, size, **keys):
+    """The base shape with another width, in heads of the base's size, or another depth."""
+    shape = dict(width=size, heads=size // 16) if axis == 'width' else dict(depth=size)
+    return file.Config(**shape, **keys)
 
 
 def stdlib_batches(count, sequences, context, seed):
@@ -40,12 +42,12 @@ def stdlib_batches(count, sequences, context, seed):
 
 
 def check_coordinates(axis, name, control=None, sizes=None, seeds=3, steps=5, lr=1e-3):
-    """The CoordinateReport of a file over width or depth."""
+    """The CoordinateReport of a file over width or depth. Its bands are for embeddings of size 1."""
     batches = stdlib_batches(steps + 1, 8, 32, seed=0)  # the last one, -1, is the probe
 
     def make_with(file):
         def make(size):
-            model = file.GPT(config_of(file, axis, size))
+            model = file.GPT(config_of(file, axis, size, embedding_std=1.0))
             return model, file.make_optimizer(model, lr), lambda step: model(*batches[step])
         return make
     expected = {'grad/eps .*': around(0, 'eps must follow the gradient')}
@@ -59,7 +61,7 @@ def check_coordinates(axis, name, control=None, sizes=None, seeds=3, steps=5, lr
                  f'{name} over {axis}', axis)
 
 
-def loss_after_training(file, config, lr, seed, steps=STEPS):
+def loss_after_training(file, config, lr, seed, steps):
     """Loss on text that is not trained on, nats per byte; infinity if training diverged."""
     torch.manual_seed(seed)
     model = file.GPT(config)
@@ -69,21 +71,28 @@ def loss_after_training(file, config, lr, seed, steps=STEPS):
     return loss if loss == loss else float('inf')
 
 
+def print_drifts():
+    """Train both files at every rate and size; print the losses and how far the best rate moves."""
+    for axis, sizes in TRAINED.items():
+        print(f"{'loss by rate':<22}", *(f'2^{math.log2(lr):<3.0f}' for lr in RATES))
+        for name, file in FILES.items():
+            curves = []
+            for size in sizes:
+                losses = [loss_after_training(file, config_of(file, axis, size), lr, SEED, STEPS) for lr in RATES]
+                print(f"{f'{name}, {axis} {size}':<22}", *(f'{loss:.3f}' for loss in losses), flush=True)
+                curves.append({lr: {SEED: loss} for lr, loss in zip(RATES, losses)})
+            found = compare(curves)
+            print(f'{name} over {axis}: the best rate moves by {found.drift:+.2f} octaves, and to keep it costs '
+                  f'{found.regret_frac:.1%}')
+
+
 def main():
     if sys.argv[1:]:
-        raise UserError(f'{sys.argv[1]} is not allowed: there are no flags, change the constants in the file')
+        raise UserError(f"'{sys.argv[1]}' is not allowed: there are no flags, change the constants in the file")
     for axis in CHECKED:
         print(check_coordinates(axis, 'completep', control='sp'), '\n')
         print(check_coordinates(axis, 'sp').summary(), '\n')
-    for axis, sizes in TRAINED.items():
-        for name, file in FILES.items():
-            curves = [{lr: {seed: loss_after_training(file, config_of(file, axis, size), lr, seed) for seed in SEEDS}
-                       for lr in RATES} for size in sizes]
-            for size, curve in zip(sizes, curves):
-                print(f'{name}, {axis} {size}: ', *(f'{sum(curve[lr].values()) / len(SEEDS):.3f}' for lr in RATES))
-            found = compare(curves)
-            print(f'{name}: the best rate moves by {found.drift:+.2f} ± {found.drift_error:.2f} octaves, '
-                  f'regret {found.regret_frac:.1%}', flush=True)
+    print_drifts()
 
 
 if __name__ == '__main__':

@@ -141,9 +141,11 @@ def test_the_command_and_its_errors(monkeypatch, capsys):
 # -----------------------------------------------------------------------------
 # Shapes of equal size
 @pytest.mark.parametrize('params, changes', [
-    (2e6, dict(head_dim=16, vocab_size=256)), (1.5e9, dict(vocab_size=50304)), (3e7, dict(tie_weights=True)),
+    (2e6, dict(head_dim=16, vocab_size=256)), (3e8, dict(vocab_size=50304, head_dim=128)),
+    (3e7, dict(tie_weights=True)),
     (3e7, dict(n_kv_head=2, activation='swiglu', pos='rope', norm='rmsnorm', bias=False))])
-def test_shapes_have_the_size_and_the_parameters_of_our_model(params, changes):
+def test_shapes_have_the_size_and_the_parameters_of_our_model(params, changes, monkeypatch):
+    monkeypatch.setattr(shapes, 'product_rate', lambda config, machine: 1e12)
     config = TrainConfig(**dict(vocab_size=4096) | changes)
     found = shapes.equal_shapes(config, params)
     assert len(found) >= 8
@@ -160,9 +162,6 @@ def test_shapes_have_the_size_and_the_parameters_of_our_model(params, changes):
         assert row['tokens_per_param'] == pytest.approx(20 * params / exact) and row['evidence'] == 'none'
         assert row['params_in_blocks'] == sum(p.numel() for name, p in model.named_parameters()
                                               if '.attn.' in name or '.mlp.' in name)
-        if c.n_layer > 1:  # one layer more or less is farther away, or not within reach
-            others = [meta_model(replace(c, n_layer=c.n_layer + k))[0].num_params() for k in (-1, 1)]
-            assert all(abs(exact - params) <= abs(other - params) for other in others)
 
 
 def test_a_shape_of_each_half_octave_that_is_nearest_to_the_size():
@@ -248,8 +247,8 @@ def test_shapes_that_are_refused(monkeypatch):
                           ((*both, '--plan'), 'choose one of --plan, --shapes'),
                           ((*both, f'--peer={ROOT}'), 'it goes with a training step or --sample'),
                           ((*both, '--measure=True', '--vocab_size=256', '--dataset=nowhere'), 'no dataset in'),
-                          ((*both, '--vocab_size=50304'), 'params=1e+06 is the size of no shape with n_layer <= n_embd, '
-                           'n_embd a multiple of 64 and a vocabulary of 50,304, from the config')):
+                          ((*both, '--vocab_size=50304'), 'params=1e+06 is the size of no shape with n_layer <= n_embd,'
+                           ' n_embd a multiple of 64 and a vocabulary of 50,304, from the config')):
         with pytest.raises(UserError, match=re.escape(message)):
             run_main(monkeypatch, *args)
 
