@@ -5,7 +5,6 @@ trains both at a few learning rates and measures how far the best one moves. Min
     python examples/measure.py
 """
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from tools.sweep_report import compare  # noqa: E402
 
 FILES = {'sp': plain_gpt, 'completep': plain_gpt_completep}
 CHECKED = dict(width=(64, 128, 256, 512), depth=(2, 4, 8, 16))
-TRAINED = dict(width=(32, 256), depth=(2, 16))  # the base, and a target
+TRAINED = dict(width=(32, 128), depth=(2, 16))  # the base, and a target
+IDS, CONTEXT = 32, 32
 RATES, SEED, STEPS, SEQUENCES = [2.0 ** k for k in range(-9, -3)], 1, 300, 16
 WEIGHTS = {'embeddings': r'tokens\.weight', 'hidden': r'blocks\..*\.weight', 'head': r'head\.weight'}
 MODULES = {'attention': r'blocks\.\d+\.out', 'mlp': r'blocks\.\d+\.down', 'residual': r'blocks\.\d+', 'logits': 'head'}
@@ -29,21 +29,24 @@ MODULES = {'attention': r'blocks\.\d+\.out', 'mlp': r'blocks\.\d+\.down', 'resid
 def config_of(file, axis, size, **keys):
     """The base shape with another width, in heads of the base's size, or another depth."""
     shape = dict(width=size, heads=size // 16) if axis == 'width' else dict(depth=size)
-    return file.Config(**shape, **keys)
+    return file.Config(vocabulary=IDS, context=CONTEXT, **shape, **keys)
 
 
-def stdlib_batches(count, sequences, context, seed):
-    """[(ids, targets)], each (B, T): bytes of the source of Python's standard library, at random places."""
-    text = b''.join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob('*.py')))
-    data, generator = torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(data) - context - 1, (count, sequences), generator=generator)
-    rows = data[starts[..., None] + torch.arange(context + 1)].long()  # (count, B, T + 1)
+def random_batches(count, sequences, seed):
+    """[(ids, targets)], each (B, T): any two ids in a row have two successors, equally likely, so no model can reach a
+    loss below log(2), and one that does not look back by two stays far above it."""
+    successors = torch.randint(IDS, (IDS, IDS, 2), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(torch.randint(IDS, (2, count, sequences), generator=generator))
+    while len(ids) < CONTEXT + 1:
+        ids.append(successors[ids[-2], ids[-1], torch.randint(2, (count, sequences), generator=generator)])
+    rows = torch.stack(ids, dim=-1)  # (count, B, T + 1)
     return [(row[:, :-1], row[:, 1:]) for row in rows]
 
 
 def check_coordinates(axis, name, control=None, sizes=None, seeds=3, steps=5, lr=1e-3):
     """The CoordinateReport of a file over width or depth. Its bands are for embeddings of size 1."""
-    batches = stdlib_batches(steps + 1, 8, 32, seed=0)  # the last one, -1, is the probe
+    batches = random_batches(steps + 1, 16, seed=0)  # the last one, -1, is the probe
 
     def make_with(file):
         def make(size):
@@ -62,12 +65,12 @@ def check_coordinates(axis, name, control=None, sizes=None, seeds=3, steps=5, lr
 
 
 def loss_after_training(file, config, lr, seed, steps):
-    """Loss on text that is not trained on, nats per byte; infinity if training diverged."""
+    """Loss on sequences that are not trained on, nats per token; infinity if training diverged."""
     torch.manual_seed(seed)
     model = file.GPT(config)
-    file.train(model, stdlib_batches(steps, SEQUENCES, config.context, seed), lr)
+    file.train(model, random_batches(steps, SEQUENCES, seed), lr)
     with torch.no_grad():
-        loss = torch.stack([model(*batch) for batch in stdlib_batches(8, 64, config.context, seed=0)]).mean().item()
+        loss = torch.stack([model(*batch) for batch in random_batches(8, 64, seed=0)]).mean().item()
     return loss if loss == loss else float('inf')
 
 

@@ -141,9 +141,9 @@ def test_a_parameter_without_a_role_is_an_error():
         plain_gpt_completep.make_optimizer(model, 0.01)
 
 
-@pytest.mark.parametrize('axis, sizes', [('width', (64, 128, 256)), ('depth', (2, 4, 8))])
+@pytest.mark.parametrize('axis, sizes', [('width', (64, 128, 256)), ('depth', None)])
 def test_the_checker_passes_one_and_fails_the_other(axis, sizes):
-    report = measure.check_coordinates(axis, 'completep', control='sp', sizes=sizes, seeds=2)
+    report = measure.check_coordinates(axis, 'completep', control='sp', sizes=sizes)
     assert report.verdict == 'PASS', report
     report.treatment, report.control, report.names = report.control, [], ('sp',)  # judged by the same bands
     assert report.verdict == 'FAIL', report
