@@ -21,7 +21,7 @@ FILES = {'sp': plain_gpt, 'completep': plain_gpt_completep}
 CHECKED = dict(width=(64, 128, 256, 512), depth=(2, 4, 8, 16))
 TRAINED = dict(width=(32, 128), depth=(2, 16))  # the base, and a target
 IDS, CONTEXT = 32, 32
-RATES, SEED, STEPS, SEQUENCES = [2.0 ** k for k in range(-9, -3)], 1, 300, 16
+RATES, SEED, STEPS, SEQUENCES = [2.0 ** k for k in range(-9, -3)], 1, 200, 16
 WEIGHTS = {'embeddings': r'tokens\.weight', 'hidden': r'blocks\..*\.weight', 'head': r'head\.weight'}
 MODULES = {'attention': r'blocks\.\d+\.out', 'mlp': r'blocks\.\d+\.down', 'residual': r'blocks\.\d+', 'logits': 'head'}
 
