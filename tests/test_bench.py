@@ -167,15 +167,16 @@ def test_shapes_have_the_size_and_the_parameters_of_our_model(params, changes, m
 
 def test_a_shape_of_each_half_octave_that_is_nearest_to_the_size():
     """Against all shapes, with the parameters counted by hand."""
-    config, params, best = TrainConfig(head_dim=16, vocab_size=64, block_size=32), 300_000, {}
-    for n_embd in range(16, 321, 16):
+    config, params, best = TrainConfig(head_dim=16, vocab_size=64, block_size=32), 3_000_000, {}
+    for n_embd in range(16, 801, 16):
         others, layer = (2 * 64 + 32 + 2) * n_embd, 12 * n_embd**2 + 13 * n_embd
-        error, n_layer = min((abs((others + n_layer * layer) / params - 1), n_layer) for n_layer in range(1, 200))
+        error, n_layer = min((abs((others + n_layer * layer) / params - 1), n_layer) for n_layer in range(1, 400))
         if error <= 0.05 and n_layer <= n_embd:
             key = round(2 * math.log2(n_embd / n_layer))
             best[key] = min(best.get(key, (1,)), (error, n_layer, n_embd))
     assert len(best) >= 5
-    assert [(c.n_layer, c.n_embd) for c in shapes.equal_shapes(config, params)] == [best[key][1:] for key in sorted(best)]
+    found = [(c.n_layer, c.n_embd) for c in shapes.equal_shapes(config, params)]
+    assert found == [best[key][1:] for key in sorted(best)]
 
 
 def test_the_evidence_is_read_from_the_results(tmp_path, monkeypatch):
