@@ -167,8 +167,8 @@ def test_shapes_have_the_size_and_the_parameters_of_our_model(params, changes, m
 
 def test_a_shape_of_each_half_octave_that_is_nearest_to_the_size():
     """Against all shapes, with the parameters counted by hand."""
-    config, params, best = TrainConfig(head_dim=16, vocab_size=64, block_size=32), 3_000_000, {}
-    for n_embd in range(16, 801, 16):
+    config, params, best = TrainConfig(head_dim=8, vocab_size=64, block_size=32), 3_000_000, {}
+    for n_embd in range(8, 801, 8):
         others, layer = (2 * 64 + 32 + 2) * n_embd, 12 * n_embd**2 + 13 * n_embd
         error, n_layer = min((abs((others + n_layer * layer) / params - 1), n_layer) for n_layer in range(1, 400))
         if error <= 0.05 and n_layer <= n_embd:
