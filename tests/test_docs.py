@@ -313,10 +313,20 @@ def models_in_llama_cpp():
     yield 'docs/export.md', f"with GELU and biases differs by {float(older[0]['difference']):.0e}"
 
 
+def examples():
+    found = {(name, axis): (drift, regret) for name, axis, drift, regret in re.findall(
+        r'(\w+) over (\w+): the best rate moves by (\S+) octaves, and to keep it costs (\S+)',
+        text_of('results/examples/measure.txt'))}
+    for axis, shape, more in ('width', '2 x 128', ('to keep the rate costs ', ' of the loss')), (
+            'depth', '16 x 32', ('', '')):
+        (sp, sp_regret), (ours, regret) = found['sp', axis], found['completep', axis]
+        yield 'examples/README.md', f'| {shape} | {sp} octaves, {sp_regret.join(more)} | {ours} octaves, {regret} |'
+
+
 def statements():
     """(page, a sentence's part with its figures computed)"""
     yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations(), *exports(),
-                *models_in_llama_cpp())
+                *models_in_llama_cpp(), *examples())
     demo = json.loads(text_of('results/completep_small/summary.json'))
     yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
     yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"
