@@ -75,8 +75,8 @@ class SweepConfig:
                        choices=dict(search=('grid', 'random', *SAMPLERS)))
         _, package = SAMPLERS.get(self.search, (None, None))
         require(self, 'target', bool(self.target) == self.contract, '--contract and --target need each other')
-        useless = ('tune', 'search', 'trials', 'search_seed', 'shapes', 'variants') if self.contract else ('largest_frac',)
-        for key in useless:
+        without = ('largest_frac',), ('tune', 'search', 'trials', 'search_seed', 'shapes', 'variants')
+        for key in without[self.contract]:
             require(self, key, getattr(self, key) == getattr(SweepConfig, key, []),  # its default
                     f"it does nothing {'with' if self.contract else 'without'} --contract, leave it out")
         require(self, 'largest_frac', 0 < self.largest_frac < 1, 'use a value between 0 and 1')

@@ -143,7 +143,7 @@ class Contract:
             f'{self.target_size / self.sizes[-1]:.1f} times as far as the largest shape.\n'
             f'Rates: {self.rate:g} and an octave to each side; more while the best is at an edge, up to {MOST_OCTAVES} '
             'octaves away; half an octave up where runs diverge an octave above the best.\n'
-            f"Seeds: {', '.join(map(str, self.seeds))}; the first at all rates, others at the best and its neighbours.\n"
+            f"Seeds: {', '.join(map(str, self.seeds))}; the first at all rates, others at the best one and beside it.\n"
             f"Compute: a run costs {', '.join(f'{each:.2g}' for each in self.costs)} of one run of the target; with at "
             f'least {least} runs of each shape the contract costs {least * sum(self.costs):.1f} runs of the target.')
 
@@ -193,7 +193,8 @@ class Contract:
                       f'{verdict.tolerance:.2f} octaves cost {MOST_COST:.1%} of the loss.',
                       '', '![optimum against size](contract.png)']
         rate = {'TRANSFERS': verdict.start, 'SHIFTS': verdict.at_target}.get(verdict.word)
-        use = f'At the target use learning_rate={2 ** rate[0]:.3g}, 2^({power(rate)})' if rate else verdict.todo
+        use = (f'At the target, {self.target_size / self.sizes[-1]:.1f} times as far as the largest shape, use '
+               f'learning_rate={2 ** rate[0]:.3g}, 2^({power(rate)})') if rate else verdict.todo
         return '\n'.join([*lines, '', f'{verdict.word}: {verdict.reason}. {use}.']) + '\n'
 
     def plot(self, curves, verdict, path):
