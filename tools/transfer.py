@@ -14,6 +14,7 @@ from tools.sweep_report import mean_losses, optimum
 
 MOST_COST = 0.005  # fraction of the loss that keeping a rate may cost
 GRID_ERROR = 0.05  # octaves by which a parabola's lowest point depends on where the rates lie
+MOST_SEEDS = 20    # to ask for
 EXIT_CODES = dict(TRANSFERS=0, SHIFTS=3, UNKNOWN=4)
 RUN_OTHER_RATES = 'Run it again around another rate, --learning_rate'
 MARKS = {  # {mark of an Optimum: (what is wrong, what to run)}
@@ -27,7 +28,8 @@ class Verdict(NamedTuple):
     """`word`: a key of EXIT_CODES; its `reason`; `todo`: what to run to know. Where optima are known, pairs of a value
     and its standard error, in octaves: `start`, the optimum of the smallest shape; `predicted`, that of the held-out
     shape by the line through the others; `measured`, the same, as it is; `drift`, to the target; `at_target`, the
-    optimum there by the line through all. `tolerance`: the octaves that cost MOST_COST of the loss."""
+    optimum there by the line through all, whose error holds how far the held-out shape lies off its prediction.
+    `tolerance`: the octaves that cost MOST_COST of the loss."""
     word: str
     reason: str
     todo: str = ''
@@ -62,7 +64,7 @@ def judge(sizes, optima, target_size, curvature, loss):
     (miss, miss_error), (drift, error) = pair(last - held_out), pair(moves)
     tolerance = math.sqrt(MOST_COST * loss / curvature)
     facts = dict(start=pair(first), predicted=pair(held_out), measured=pair(last), drift=(drift, error),
-                 at_target=pair(at_target), tolerance=tolerance)
+                 at_target=(float(at_target @ means), math.hypot(pair(at_target)[1], miss)), tolerance=tolerance)
     if num_seeds == 1:
         return Verdict('UNKNOWN', 'one seed does not tell the noise', 'Run more seeds, --seed=1,2,3', **facts)
     so_far, moved = means[-1] - means[0], abs(drift) > 2 * error
@@ -77,7 +79,8 @@ def judge(sizes, optima, target_size, curvature, loss):
         return Verdict('SHIFTS', f'the drift is over twice its error and may cost over {MOST_COST:.1%} of the loss',
                        **facts)
     enough = (max(tolerance - abs(drift), abs(drift) / 2) / np.linalg.norm(moves)) ** 2 - GRID_ERROR ** 2
-    seeds = f'about {max(num_seeds + 1, math.ceil(variance / enough))} seeds, --seed, or ' if enough > 0 else ''
+    needed = max(num_seeds + 1, math.ceil(variance / enough)) if enough > 0 else math.inf
+    seeds = f'about {needed} seeds, --seed, or ' if needed <= MOST_SEEDS else ''
     return Verdict('UNKNOWN', 'the noise is larger than the effect', f'Run {seeds}larger shapes, --largest_frac',
                    **facts)
 
