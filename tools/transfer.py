@@ -97,7 +97,7 @@ def judge_curves(sizes, curves, target_size):
     """The Verdict on a curve for each size. The steepest one says what an octave costs."""
     found = list(map(optimum, curves))
     for size, each in zip(sizes, found):
-        if not each.at_by_seed:
+        if not each.at_by_seed or each.at_by_seed.keys() != found[0].at_by_seed.keys():
             problem, todo = MARKS['<' if each.best is None else each.mark]
             return Verdict('UNKNOWN', f'of the shape at {size:.2f} octaves, {problem}', todo)
     optima = [[each.at_by_seed[seed] for each in found] for seed in found[0].at_by_seed]
