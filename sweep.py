@@ -177,13 +177,11 @@ def require_runnable(sweep):
     return {run: cost(each, datasets[each.dataset]) for run, each in dict(zip(sweep.digests, sweep.configs)).items()}
 
 
-def run_points(study, sweep, out_dir, overrides, costs):
+def run_points(study, sweep, out_dir, overrides, costs, what=''):
     """Run the points that the study has not run yet. If this is stopped, report what has finished."""
     enqueue(study, sweep, out_dir)
     (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
-    points, models, to_do = len(sweep.points), len(sweep.models), num_to_do(study, sweep)
-    what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
-    print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {to_do} to do")
+    print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {num_to_do(study, sweep)} to do")
     if sweep.config.stack > 1 and why_not_stack(sweep.configs[0]):
         print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
     try:
@@ -223,8 +221,10 @@ def main():
     costs = require_runnable(sweep)
     out_dir = make_out_dir(config.out_dir)
     study = open_study(config)
+    points, models = len(sweep.points), len(sweep.models)
+    what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
     with storage_errors_explained():
-        run_points(study, sweep, out_dir, overrides, costs)
+        run_points(study, sweep, out_dir, overrides, costs, what)
         return conclude(study, sweep, out_dir, overrides)
 
 

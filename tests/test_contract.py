@@ -186,7 +186,8 @@ def test_rates_are_extended_to_a_limit_and_halved_where_runs_diverge():
     runs, _ = played(-6.1, diverges_above=-5.3)
     assert 2.0 ** -5.5 in [pytest.approx(rate) for rate in runs] and optimum(runs).mark == ''
     assert optimum(played(-6.1, diverges_above=-5.9)[0]).mark == '~'
-    assert optimum(played(-6.1, diverges_above=-99)[0]).best is None
+    runs, _ = played(-6.1, diverges_above=-99)
+    assert optimum(runs).best is None and {seed for losses in runs.values() for seed in losses} == {1}
     runs, _ = played(-6.5, noise=0.9)  # a seed whose optimum lies elsewhere gets rates of its own
     assert optimum(runs).at_by_seed == pytest.approx({1: -7.4, 2: -6.5, 3: -5.6})
 

@@ -49,7 +49,8 @@ def next_runs(curve, centre, seeds):
     if not of_seed[first]:
         return {(centre * 2.0 ** k, first) for k in (-1, 0, 1)}
     more = {(rate, first) for rate in bracket(of_seed[first], centre)}
-    if more or optimum({rate: {first: loss} for rate, loss in sorted(of_seed[first].items())}).mark:
+    found = optimum({rate: {first: loss} for rate, loss in sorted(of_seed[first].items())})
+    if more or not found.at_by_seed:
         return more  # none at the limit, where no other seed can help
     means = mean_losses(curve)
     i = list(means).index(min(means, key=means.get))
