@@ -65,6 +65,7 @@ def test_flat_transfers_and_a_drift_shifts_to_the_right_rate():
 def test_what_is_not_known(at, changes, words):
     verdict = judged(at, **changes)
     assert verdict.word == 'UNKNOWN' and words in verdict.reason and verdict.todo
+    assert math.isnan(verdict.drift[1]) == (words == 'one seed')
     assert ('--seed' in verdict.todo) == (words in ('one seed', 'noise is larger'))
 
 
@@ -257,6 +258,35 @@ def test_depth_of_the_committed_sweep():
     curves = sweep_curves('sweep_depth', 'n_layer', depths, parameterization='completep')
     three = judge_curves([0, 1, 2], curves[:3], 4)  # 2 to 4 layers: an octave; 4 to 8: none
     assert three.word == 'UNKNOWN' and 'does not go on' in three.reason
+
+
+def test_figures_in_the_docs():
+    """Each is computed from committed sweeps or drawn contracts, and the sentence that states it is in the docs."""
+    docs = ' '.join((ROOT / 'docs/sweeps.md').read_text().split())
+    widths, apart = (32, 64, 128, 256), {1: [], -1: []}  # {octaves from the best rate: squared scatter of the seeds}
+    curves = {rules: sweep_curves('sweep_width', 'n_embd', widths, parameterization=rules) for rules in ('sp', 'mup')}
+    for each in (*curves['sp'], *curves['mup'][1:]):  # the base is the same
+        best = optimum(each).best
+        for side, scatter in apart.items():
+            losses = each[best * 2.0 ** side]
+            scatter.append(np.var([losses[seed] - each[best][seed] for seed in losses], ddof=1))
+    above, below = (math.sqrt(np.mean(apart[side])) for side in (1, -1))
+    assert f'scatter by {above:.2f} nats an octave above it and by {below:.2f} an octave below' in docs
+    sp, mup = (judge_curves([0, 1, 2], curves[rules][:3], 3) for rules in ('sp', 'mup'))
+    all_four = [judge_curves([0, 1, 2, 3], curves[rules], 3) for rules in ('sp', 'mup')]
+    assert (f'SHIFTS, to 2^{sp.at_target[0]:.2f} ± {sp.at_target[1]:.2f}; measured there: '
+            f'2^{all_four[0].measured[0]:.2f} ± {all_four[0].measured[1]:.2f}.') in docs
+    corrected, kept = (loss_near(curves['sp'][-1], pair[0]) for pair in (sp.at_target, sp.start))
+    assert f'the loss is {np.mean([kept[seed] - corrected[seed] for seed in kept]):.2f} nats lower' in docs
+    assert f"{mup.reason.split(' is ')[1].split(' octaves')[0].lstrip('-')} octaves off its prediction, for" in docs
+    assert f'TRANSFERS, drift {all_four[1].drift[0]:.2f} ± {all_four[1].drift[1]:.2f} octaves' in docs
+    curves = sweep_curves('sweep_depth', 'n_layer', (2, 4, 8, 32), parameterization='depth_mup')
+    half = judge_curves([0, 1, 2], curves[:3], 4)
+    assert (f'SHIFTS, to 2^{half.at_target[0]:.2f} ± {half.at_target[1]:.2f}; measured there: '
+            f'2^{optimum(curves[-1]).at:.2f}.') in docs
+    draw = np.random.default_rng(0).normal
+    words = [judge([0, 1, 2], draw(0, 0.25, (3, 3)), 3, CURVATURE, LOSS).word for _ in range(500)]
+    assert f"{10 * words.count('UNKNOWN') / 500:.0f} of 10 drawn contracts end with UNKNOWN" in docs
 
 
 # -----------------------------------------------------------------------------
