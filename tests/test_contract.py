@@ -59,7 +59,7 @@ def test_flat_transfers_and_a_drift_shifts_to_the_right_rate():
     (lambda size: -0.25 * size ** 2, {}, 'the drift accelerates'),
     (lambda size: -0.04 * size ** 4, {}, 'the drift accelerates'),
     (lambda size: -1.0 * (size > 0), {}, 'does not go on'),  # it saturates
-    (lambda size: -0.8 * (size > 0), dict(noise=0.3), 'does not go on'),  # within two errors, but no line
+    (lambda size: -0.8 * (size > 0), dict(noise=0.3), 'does not confirm'),  # within two errors
     (lambda size: 0.0, dict(noise=0.5), 'noise is larger'),  # seeds that disagree
     (lambda size: -0.05 * size, dict(noise=0.2), 'noise is larger')])
 def test_what_is_not_known(at, changes, words):
@@ -150,6 +150,8 @@ def test_curves_give_their_verdict():
 def test_an_optimum_at_an_edge_is_unknown(changed, words):
     verdict = judge_curves([0, 1, 2], [curve(-6.2), curve(-6.2), changed], 3)
     assert verdict.word == 'UNKNOWN' and words in verdict.reason and '2.00 octaves' in verdict.reason and verdict.todo
+    verdict = judge_curves([0, 1, 2], [changed] * 3, 3)
+    assert verdict.word == 'UNKNOWN' and words in verdict.reason and '0.00 octaves' in verdict.reason
 
 
 def test_runs_that_diverge_above_the_minimum_do_not_matter_elsewhere():
@@ -257,7 +259,7 @@ def test_depth_of_the_committed_sweep():
         assert corrected.keys() == kept.keys() and all(corrected[seed] < kept[seed] for seed in kept)
     curves = sweep_curves('sweep_depth', 'n_layer', depths, parameterization='completep')
     three = judge_curves([0, 1, 2], curves[:3], 4)  # 2 to 4 layers: an octave; 4 to 8: none
-    assert three.word == 'UNKNOWN' and 'does not go on' in three.reason
+    assert three.word == 'UNKNOWN' and 'does not confirm' in three.reason
 
 
 def test_figures_in_the_docs():
@@ -284,6 +286,10 @@ def test_figures_in_the_docs():
     half = judge_curves([0, 1, 2], curves[:3], 4)
     assert (f'SHIFTS, to 2^{half.at_target[0]:.2f} ± {half.at_target[1]:.2f}; measured there: '
             f'2^{optimum(curves[-1]).at:.2f}.') in docs
+    sizes = [0, math.log2(24 / 16), 1]
+    example = judge_curves(sizes, sweep_curves('contract_width', 'n_embd', (16, 24, 32)), 3)
+    assert all(f'{example.word}: {example.reason}. {example.todo}.' in text for text in (
+        docs, (ROOT / 'results/contract_width/contract.md').read_text()))
     draw = np.random.default_rng(0).normal
     words = [judge([0, 1, 2], draw(0, 0.25, (3, 3)), 3, CURVATURE, LOSS).word for _ in range(500)]
     assert f"{10 * words.count('UNKNOWN') / 500:.0f} of 10 drawn contracts end with UNKNOWN" in docs

@@ -144,7 +144,8 @@ class Contract:
             f'{self.target_size / self.sizes[-1]:.1f} times as far as the largest shape.\n'
             f'Rates: {self.rate:g} and an octave to each side; more while the best is at an edge, up to {MOST_OCTAVES} '
             'octaves away; half an octave up where runs diverge an octave above the best.\n'
-            f"Seeds: {', '.join(map(str, self.seeds))}; the first at all rates, others at the best one and beside it.\n"
+            f"Seeds: {', '.join(map(str, self.seeds))}; the first at all rates, the others at the best one and its two "
+            'neighbours.\n'
             f"Compute: a run costs {', '.join(f'{each:.2g}' for each in self.costs)} of one run of the target; with at "
             f'least {least} runs of each shape the contract costs {least * sum(self.costs):.1f} runs of the target.')
 

@@ -70,9 +70,12 @@ def judge(sizes, optima, target_size, curvature, loss):
     so_far, moved = means[-1] - means[0], abs(drift) > 2 * error
     transfers = abs(drift) + error <= tolerance
     if abs(miss) > 2 * miss_error or moved and not transfers and abs(miss) > abs(so_far) / 2:
-        how = 'accelerates' if abs(so_far) > abs(so_far - miss) else 'does not go on as it began'
-        return Verdict('UNKNOWN', f'the held-out shape is {miss:+.2f} ± {miss_error:.2f} octaves off its prediction: '
-                       f'the drift {how}', 'Run larger shapes, --largest_frac, or sweep the target itself', **facts)
+        how = 'which does not confirm the drift'
+        if abs(miss) > 2 * miss_error:
+            grows = abs(so_far) > abs(so_far - miss)
+            how = f"for the drift {'accelerates' if grows else 'does not go on as it began'}"
+        return Verdict('UNKNOWN', f'the held-out shape is {miss:+.2f} ± {miss_error:.2f} octaves off its prediction, '
+                       f'{how}', 'Run larger shapes, --largest_frac, or sweep the target itself', **facts)
     if transfers:
         return Verdict('TRANSFERS', f'drift and error together cost less than {MOST_COST:.1%} of the loss', **facts)
     if moved:
