@@ -384,6 +384,7 @@ def test_runs_that_fail_give_no_verdict(contract_main, tmp_path, monkeypatch):
     ('n_embd=128,n_embd=64', {}, "'n_embd' is there twice"), ('n_embd=132', {}, 'use a multiple of head_dim=8'),
     ('n_embd=8', {}, 'must be above the config\'s 16'), ('n_embd=16', {}, 'must be above'),
     ('density=1.0', {}, "must be below the config's 1.0"), ('density=0', {}, 'density'),
+    ('n_embd=1024', dict(largest_frac=0.001), 'and 33% of the way'),
     ('n_embd=24', {}, 'too near'), ('density=0.25', {}, 'too near'), ('n_embd=128', dict(search='tpe'), "search='tpe'"),
     ('n_embd=128', dict(trials=8), 'trials=8'), ('n_embd=128', dict(n_layer=[1, 2]), 'n_layer=[1, 2] is a list'),
     ('n_embd=128', dict(learning_rate=[0.01, 0.02]), 'is a list'),
@@ -439,6 +440,11 @@ def test_only_the_runs_that_are_wanted_are_queued(tiny):
     sweep, overrides = contract.next_sweep(rows)
     assert sweep.num_runs == 18 and {point['seed'] for point in sweep.points} == {1338, 1339}
     assert overrides['learning_rate'] == [2.0 ** -7, 2.0 ** -6, 2.0 ** -5]
+    assert len(contract.curves_of([*rows, dict(rows[0], seed=7)])[0]) == 3
+    assert contract.curves_of([dict(rows[0], seed=7)]) == [{}, {}, {}]  # a seed of another contract in this folder
+    rows = [dict(row, val_loss=-row['learning_rate'] if row['n_embd'] == 16 else row['val_loss']) for row in rows]
+    sweep, _ = contract.next_sweep(rows)  # one rate more at width 16, two seeds more at the others
+    assert sweep.num_runs == len(sweep.points) == 1 + 12
 
 
 @pytest.mark.slow
