@@ -120,6 +120,8 @@ def test_commands_are_commands(words):
 
 COMMANDS = {  # of results whose sweep.py had more than a config, or a config of another name
     **{f'ablations{more}': f'config/sweep_ablations{more}.py' for more in ('', '_alibi', '_lion', '_seeds')},
+    'contract_width': 'config/sweep_base.py --parameterization=sp --n_embd=16,24,32 --base_n_embd=16 --head_dim=8 '
+                      '--base_head_dim=8 --batch_tokens=1024 --batch_size=16 --max_iters=120 --eval_tokens=16384',
     'sweep_batch_128': 'config/sweep_batch.py --n_embd=128',
     'sweep_block_size_128': 'config/sweep_block_size.py --n_embd=128',
     'sweep_depth_125': 'config/sweep_depth.py --max_iters=125 --n_layer=2,32 --seed=1,2 '
