@@ -445,10 +445,3 @@ def test_only_the_runs_that_are_wanted_are_queued(tiny):
     rows = [dict(row, val_loss=-row['learning_rate'] if row['n_embd'] == 16 else row['val_loss']) for row in rows]
     sweep, _ = contract.next_sweep(rows)  # one rate more at width 16, two seeds more at the others
     assert sweep.num_runs == len(sweep.points) == 1 + 12
-
-
-@pytest.mark.slow
-def test_sp_shifts_over_width_and_the_corrected_rate_is_better(contract_main, tmp_path):
-    """A real contract: at width 16 to 256, sp's rate must fall and the target must be better at the corrected rate."""
-    code, out = contract_main('n_embd=256', parameterization='sp', max_iters=200, largest_frac=0.25)
-    assert code != 0, out
