@@ -3,8 +3,8 @@ Draws what a coordinate check shows of each planted fault: the right rules again
 
     python tests/coord_faults.py
 
-The faults are those of tests/test_coord_check.py, each on one axis that shows it. Tiny models, two seeds (the least for a
-verdict) and two steps on the stdlib dataset, in float32 on a CPU; a few minutes. Writes faults.csv and faults.png.
+The faults are those of tests/test_coord_check.py, each on one axis that shows it. Tiny models, two steps and two seeds,
+the least for a verdict, on the stdlib dataset, in float32 on a CPU; a few minutes. Writes faults.csv and faults.png.
 """
 import sys
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class FaultsConfig:
     out_dir: str = 'results/coord_check'  # of faults.csv and faults.png
 
 
-KEYS = ('fault', 'axis', 'quantity', 'group', 'where', 'expected', 'right', 'faulty', 'verdict', 'sizes', 'values_right',
-        'values_faulty')
+KEYS = ('fault', 'axis', 'quantity', 'group', 'where', 'expected', 'right', 'faulty', 'verdict', 'sizes',
+        'values_right', 'values_faulty')
 
 
 def row_of(fault, axis):
-    """The line that fails most under the fault, of the quantity and the group that show it, and the same line without."""
+    """The line of SEEN that fails most under the fault, beside the same line of the right rules."""
     quantity, group = SEEN[fault, axis]
     deep = dict(n_layer=8, widths='32,64,128') if fault == 'one layer of eight wrong' else {}
     config = CoordCheckConfig(**{**TINY, **deep, 'seeds': 2, 'steps': 2}, axes=axis, control='none')
@@ -62,7 +62,8 @@ def draw(path, rows):
             sizes = [float(size) for size in row['sizes'].split()]
             for name, style in (('right', 'o--'), ('faulty', 'o-')):
                 values = np.array(row[f'values_{name}'].split(), dtype=float)
-                panel.loglog(sizes, values / values[0], style, base=2, markersize=4, label=f'{name}: {float(row[name]):+.2f}',
+                panel.loglog(sizes, values / values[0], style, base=2, markersize=4,
+                             label=f'{name}: {float(row[name]):+.2f}',
                              color={'right': 'gray', 'faulty': 'tab:red'}[name])
             panel.set_xticks(sizes, [f'{size:g}' for size in sizes])
             panel.set_title(f"{row['fault']}\n{row['quantity']} of {row['group']} over {row['axis']}", fontsize=9)
