@@ -8,11 +8,13 @@ Benchmarks training, sampling, data preparation and sweeps, against other code a
     python bench.py config/sweep_base.py --sweep                         trials per minute
     python bench.py config/completep_small.py --plan --measure=True      compares the memory of three steps with a plan
     python bench.py config/completep_1p5b_deep.py --plan --gpus=64 --parallel=fsdp   FLOPs, days, memory and traffic
+    python bench.py config/completep_small.py --shapes --params=2e6 --tokens=1e7     shapes of equal size, deep to wide
 
 The contestants alternate, A B A B. A turn is several whole steps. A figure is the median over the turns, printed with
 the smallest and the largest. Keys are those of train.py and the ones below.
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,11 +35,12 @@ from nanop.machine import flops_per_token, hardware_name, peak_flops, set_up, wh
 from tools.bench_worker import PARTS, build_peer, synchronized_time
 from tools.contestants import SECONDS, Contestant, contestants_of, faster_by, print_table, spread_of, take_turns, timed
 from tools.plan import measure_memory, meta_model, print_plan, si
+from tools.shapes import equal_shapes, evidence_on, shape_row
 from tools.stack import why_not_stack
 from train import TrainConfig, build_model, split_batch
 
 HERE = Path(__file__).resolve().parent
-KINDS = ('plan', 'sample', 'prepare', 'sweep')
+KINDS = ('plan', 'shapes', 'sample', 'prepare', 'sweep')
 PREPARE = 'data/text/prepare.py'
 
 
@@ -71,7 +74,10 @@ class BenchConfig:
     gpus_per_host: int = 8                 # number of GPUs that hsdp shards over
     peak_flops: float = 989e12             # dense bf16 FLOP/s of one GPU: an H100
     mfu: float = 0.4                       # fraction of peak_flops that training reaches
-    measure: bool = False                  # with --plan: also run three steps here, in another process
+    measure: bool = False                  # with --plan: also run three steps here; with --shapes: measure the speed
+    shapes: bool = False                   # list shapes of about `params` parameters, for `tokens` tokens of training
+    params: float = 0.0
+    tokens: float = 0.0
 
     def __post_init__(self):
         require_values(self, at_least=dict(gpus=1, gpus_per_host=1, peak_flops=1, mfu=1e-6, turns=1, turn_s=1e-3,
@@ -81,8 +87,13 @@ class BenchConfig:
         if sum(getattr(self, kind) for kind in KINDS) > 1:
             raise UserError(f"choose one of {', '.join('--' + kind for kind in KINDS)}")
         require(self, 'text', self.text.endswith('.txt') or not self.text, 'use a .txt file')
-        require(self, 'measure', self.plan or not self.measure, 'it goes with --plan')
-        require(self, 'peer', not (self.peer and (self.plan or self.prepare or self.sweep)),
+        require(self, 'measure', self.plan or self.shapes or not self.measure, 'it goes with --plan or --shapes')
+        require(self, 'gpus', self.gpus == 1 or not self.shapes, '--shapes is for one device, --plan for several')
+        for key in ('params', 'tokens'):
+            value = getattr(self, key)
+            require(self, key, 1 <= value < math.inf if self.shapes else not value,
+                    'use a finite value of at least 1' if self.shapes else 'it goes with --shapes')
+        require(self, 'peer', not (self.peer and (self.plan or self.shapes or self.prepare or self.sweep)),
                 'it goes with a training step or --sample, leave it out')
         if self.peer and not (Path(self.peer) / 'model.py').is_file():
             raise UserError(f"peer='{self.peer}' has no model.py: give the folder of a clone of nanoGPT or of a fork")
@@ -266,6 +277,33 @@ def bench_sweep(config, bench):
     return rows
 
 
+def bench_shapes(config, bench):
+    """List shapes of about `params` parameters, trained on `tokens` tokens on this device."""
+    machine, shapes = set_up(config.device, config.dtype), equal_shapes(config, bench.params)
+    if bench.measure:
+        open_dataset(config.dataset)  # reports a broken dataset before any process starts
+    found, largest = evidence_on(config.parameterization)
+    rows = [shape_row(shape, bench, machine, found) for shape in shapes]
+    line = '{:>10} {:>6} {:>14} {:>14} {:>8} {:>9} {:>10} {:<9} {:>10} {:>12}  {}'.format
+    print(f'{config.parameterization}, base {config.base_n_layer} x {config.base_n_embd}, {meta_model(config)[1]}, '
+          f'{bench.tokens:,.0f} tokens on {machine.device}, {machine.dtype_name}\n')
+    print(line('shape', 'N:L', 'parameters', 'in blocks', 'FLOPs', 'memory', 'tokens/s', '', 'hours', 'tokens/param',
+               'evidence'))
+    for row in rows:
+        print(line(row['shape'], f"{row['n_embd_per_layer']:,.1f}", f"{row['params']:,}",
+                   f"{row['params_in_blocks']:,}", si(row['flops']), si(row['planned_bytes'], 'B'),
+                   f"{row['tokens_per_s']:,.0f}", row['speed'], f"{row['hours']:,.2f}",
+                   f"{row['tokens_per_param']:,.1f}", row['evidence']))
+    if any(row['speed'] == 'estimated' for row in rows):
+        print(f"\nestimated: {bench.mfu:.0%} (--mfu) of the rate of the shape's matrix products here; "
+              '--measure=True trains each shape instead')
+    spans = ', '.join(f'{key} {low:.3g} to {high:.3g}' for key, (low, high) in found.items())
+    print('evidence: which ratios of the shape, each by itself, lie within those of the trials in results/ under these '
+          f'rules: {spans}; their largest model has {largest:,} parameters' if found else
+          'evidence: results/ has no trial under these rules')
+    return rows
+
+
 def git_commit(folder=HERE):
     """The commit of the repository in `folder`, with a plus if Python files differ from it; '' outside git."""
     def git(*words):
@@ -298,7 +336,7 @@ def main():
         if bench.measure:
             measure_memory(config, bench)
         return
-    benches = dict(sample=bench_sample, prepare=bench_prepare, sweep=bench_sweep)
+    benches = dict(shapes=bench_shapes, sample=bench_sample, prepare=bench_prepare, sweep=bench_sweep)
     chosen = next((benches[kind] for kind in benches if getattr(bench, kind)), bench_step)
     rows = chosen(config, bench)
     if bench.out_csv:

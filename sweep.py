@@ -5,6 +5,7 @@ Tune a small model, train a large one, and check that the optimum stayed: many t
     python sweep.py config/sweep_depth.py --seed=1,2,3 --workers=2         keeps finished runs, adds the missing ones
     python sweep.py config/sweep_depth.py --storage=URL                    many machines, one database: run it on each
     python sweep.py --tune config/completep_base.py --trials=64            random search; writes best.py for train.py
+    python sweep.py --contract config/completep_base.py --target n_layer=32,n_embd=1024     will the best rate stay?
 
 The keys are the ones below and those of train.py, which may hold lists of values. A list of n_layer, n_embd, density or
 parameterization makes models to compare, and so do `shapes` and `variants`. Seeds are averaged. Any other list is an
@@ -24,6 +25,7 @@ from configurator import configure_both
 from nanop.errors import UserError, exit_on_user_error, explained, require, require_values
 from nanop.files import make_out_dir
 from nanop.machine import pick_device
+from tools.contract import Contract
 from tools.stack import why_not_stack
 from tools.sweep_files import write_trials
 from tools.sweep_points import DEFAULTS, NO_MULT, NOT_SWEPT, Sweep, cost
@@ -59,6 +61,9 @@ class SweepConfig:
     trials: int = 64                       # number of points, for every search but grid
     search_seed: int = 1                   # of random and qmc
     tune: bool = False                     # search the usual axes at random and write the best as a config, best.py
+    contract: bool = False                 # run what tells whether the best rate stays up to the target; docs/sweeps.md
+    target: str = ''                       # its shape: --target n_layer=32,n_embd=512; also head_dim, density
+    largest_frac: float = 0.125            # most that a run of a contract costs, as a fraction of one of the target
     storage: str = ''                      # a database for Optuna, or grpc://host:port; '': SQLite in out_dir
     study: str = 'sweep'                   # name of this sweep in the storage
     workers: int = 0                       # processes on this machine; 0: one per GPU, else one per core
@@ -69,6 +74,12 @@ class SweepConfig:
         require_values(self, at_least=dict(trials=1, search_seed=0, workers=0, stack=0, heartbeat_s=1),
                        choices=dict(search=('grid', 'random', *SAMPLERS)))
         _, package = SAMPLERS.get(self.search, (None, None))
+        require(self, 'target', bool(self.target) == self.contract, '--contract and --target need each other')
+        without = ('largest_frac',), ('tune', 'search', 'trials', 'search_seed', 'shapes', 'variants')
+        for key in without[self.contract]:
+            require(self, key, getattr(self, key) == getattr(SweepConfig, key, []),  # its default
+                    f"it does nothing {'with' if self.contract else 'without'} --contract, leave it out")
+        require(self, 'largest_frac', 0 < self.largest_frac < 1, 'use a value between 0 and 1')
         require(self, 'search', not package or importlib.util.find_spec(package),
                 f'it needs {package}, pip install {package}')
         for key in ('out_dir', 'study'):
@@ -77,12 +88,15 @@ class SweepConfig:
 
 def read_sweep(argv):
     """(SweepConfig, overrides of TrainConfig, which may hold lists) from the command line."""
-    own, overrides = configure_both(SweepConfig, TrainConfig, argv, switches=('tune',))
+    if '--target' in argv[:-1]:  # a space instead of =
+        at = argv.index('--target')
+        argv = [*argv[:at], f'--target={argv[at + 1]}', *argv[at + 2:]]
+    own, overrides = configure_both(SweepConfig, TrainConfig, argv, switches=('tune', 'contract'))
+    flags = {argument[2:].partition('=')[0] for argument in argv if argument.startswith('--')}
+    if 'out_dir' not in flags and (own.get('tune') or own.get('contract')):  # the config's out_dir is for train.py
+        own['out_dir'] = 'out/tune' if own.get('tune') else 'out/contract'
     if own.get('tune'):
-        flags = {argument[2:].partition('=')[0] for argument in argv if argument.startswith('--')}
         own.setdefault('search', 'random')
-        if 'out_dir' not in flags:
-            own['out_dir'] = 'out/tune'  # the config's out_dir is for train.py
         for key, ends in TUNED.items():
             if key not in flags and not isinstance(overrides.get(key), list):
                 overrides[key] = ends
@@ -155,32 +169,62 @@ def conclude(study, sweep, out_dir, overrides):
     return 1 if missing or failed else 3 if all_diverged else 0
 
 
-def main():
-    """Returns the exit code: 0; 1 if runs failed or are missing; 3 if all diverged."""
-    config, overrides = read_sweep(sys.argv[1:])
-    sweep = Sweep(config, overrides)
-    # refuse what cannot run before anything is written
+def require_runnable(sweep):
+    """{digest: FLOPs} of the runs. Refuses what cannot run, before anything is written."""
     datasets = open_datasets(sweep.configs)
     pick_device(sweep.configs[0].device)
-    costs = {run: cost(each, datasets[each.dataset]) for run, each in dict(zip(sweep.digests, sweep.configs)).items()}
     sweep.facts['data'] = data_facts(datasets)
+    return {run: cost(each, datasets[each.dataset]) for run, each in dict(zip(sweep.digests, sweep.configs)).items()}
+
+
+def run_points(study, sweep, out_dir, overrides, costs, what=''):
+    """Run the points that the study has not run yet. If this is stopped, report what has finished."""
+    enqueue(study, sweep, out_dir)
+    (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
+    print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {num_to_do(study, sweep)} to do")
+    if sweep.config.stack > 1 and why_not_stack(sweep.configs[0]):
+        print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
+    try:
+        with stoppable():
+            run_workers(study, sweep, overrides, costs, lambda: keep(study, sweep, out_dir))
+    except KeyboardInterrupt:
+        with suppress(UserError):  # that no run has finished
+            conclude(study, sweep, out_dir, overrides)
+        raise
+
+
+def run_contract(config, overrides):
+    """Run a transfer contract, one sweep after another in the same study. Returns the exit code of main()."""
+    contract, rows = Contract(config, overrides), []
+    print(contract.plan_text())
     out_dir = make_out_dir(config.out_dir)
     study = open_study(config)
     with storage_errors_explained():
-        enqueue(study, sweep, out_dir)
-        (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
-        points, models, to_do = len(sweep.points), len(sweep.models), num_to_do(study, sweep)
-        what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
-        print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {to_do} to do")
-        if config.stack > 1 and why_not_stack(sweep.configs[0]):
-            print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')
-        try:
-            with stoppable():
-                run_workers(study, sweep, overrides, costs, lambda: keep(study, sweep, out_dir))
-        except KeyboardInterrupt:
-            with suppress(UserError):  # that no run has finished
-                conclude(study, sweep, out_dir, overrides)
-            raise
+        while following := contract.next_sweep(rows):
+            sweep, overrides = following
+            run_points(study, sweep, out_dir, overrides, require_runnable(sweep))
+            rows, others = keep(study, sweep, out_dir)
+            if num_to_do(study, sweep):
+                return conclude(study, sweep, out_dir, overrides)
+        make_report(sweep, out_dir.name, rows, others).write(out_dir)
+    text, code = contract.conclude(rows, out_dir)
+    print(text)
+    return code
+
+
+def main():
+    """Returns the exit code: 0; 1 if runs failed or are missing; 3 if all diverged; that of a contract's verdict."""
+    config, overrides = read_sweep(sys.argv[1:])
+    if config.contract:
+        return run_contract(config, overrides)
+    sweep = Sweep(config, overrides)
+    costs = require_runnable(sweep)
+    out_dir = make_out_dir(config.out_dir)
+    study = open_study(config)
+    points, models = len(sweep.points), len(sweep.models)
+    what = '' if sweep.sampled else f'{models} model(s) x {points // models} = {points} points, '
+    with storage_errors_explained():
+        run_points(study, sweep, out_dir, overrides, costs, what)
         return conclude(study, sweep, out_dir, overrides)
 
 

@@ -1,4 +1,6 @@
 """Tests of bench.py: the plan against figures by hand, against what autograd saves and against a run; benchmarks."""
+import json
+import math
 import platform
 import queue
 import re
@@ -19,6 +21,7 @@ from nanop import parallel
 from nanop.dataset import Dataset
 from nanop.errors import UserError
 from nanop.machine import Machine, flops_per_token
+from tools import shapes
 from tools.bench_worker import PARTS, timed_steps
 from tools.contestants import contestants_of, print_table, timed
 from tools.plan import activation_bytes, measure_memory, memory, meta_model, print_plan, run_and_measure, si, traffic
@@ -161,8 +164,123 @@ def test_the_command_and_its_errors(monkeypatch, capsys):
     assert result.returncode == 2 and result.stderr.startswith('error: gpus=0') and 'Traceback' not in result.stderr
 
 
+# -----------------------------------------------------------------------------
+# Shapes of equal size
+@pytest.mark.parametrize('params, changes', [
+    (2e6, dict(head_dim=16, vocab_size=256)), (1e8, dict(vocab_size=50304, head_dim=128)),
+    (3e7, dict(tie_weights=True)),
+    (3e7, dict(n_kv_head=2, activation='swiglu', pos='rope', norm='rmsnorm', bias=False))])
+def test_shapes_have_the_size_and_the_parameters_of_our_model(params, changes, monkeypatch):
+    monkeypatch.setattr(shapes, 'product_rate', lambda config, machine: 1e12)
+    config = TrainConfig(**dict(vocab_size=4096) | changes)
+    found = shapes.equal_shapes(config, params)
+    assert len(found) >= 5
+    assert [c.n_embd for c in found] == sorted({c.n_embd for c in found})  # from deep to wide
+    assert all(c.n_embd % c.head_dim == 0 and c.n_layer <= c.n_embd for c in found)
+    settings = BenchConfig(shapes=True, params=params, tokens=20 * params)
+    for c in found:
+        with torch.device('meta'):
+            model = GPT(GPTConfig.of(c))
+        exact = sum(p.numel() for p in model.parameters())
+        assert abs(exact / params - 1) <= shapes.TOLERANCE
+        row = shapes.shape_row(c, settings, Machine(torch.device('cpu'), torch.float32), {})
+        assert row['params'] == exact and row['flops'] == flops_per_token(model) * 20 * params
+        assert row['tokens_per_param'] == pytest.approx(20 * params / exact) and row['evidence'] == 'none'
+        assert row['params_in_blocks'] == sum(p.numel() for name, p in model.named_parameters()
+                                              if '.attn.' in name or '.mlp.' in name)
+
+
+def test_a_shape_of_each_half_octave_that_is_nearest_to_the_size():
+    """Against all shapes, with the parameters counted by hand."""
+    config, params, best = TrainConfig(head_dim=8, vocab_size=64, block_size=32), 3_000_000, {}
+    for n_embd in range(8, 801, 8):
+        others, layer = (2 * 64 + 32 + 2) * n_embd, 12 * n_embd**2 + 13 * n_embd
+        error, n_layer = min((abs((others + n_layer * layer) / params - 1), n_layer) for n_layer in range(1, 400))
+        if error <= 0.05 and n_layer <= n_embd:
+            key = round(2 * math.log2(n_embd / n_layer))
+            best[key] = min(best.get(key, (1,)), (error, n_layer, n_embd))
+    assert len(best) >= 5
+    found = [(c.n_layer, c.n_embd) for c in shapes.equal_shapes(config, params)]
+    assert found == [best[key][1:] for key in sorted(best)]
+
+
+def test_the_evidence_is_read_from_the_results(tmp_path, monkeypatch):
+    found, largest = shapes.evidence_on('completep')
+    assert largest > 0 and found['depth'][1] >= 16  # config/sweep_depth.py: 2 to 32 layers
+    assert shapes.evidence_on('gpt2') == ({}, 0)
+    (tmp_path / 'sweep_a').mkdir()
+    base = dict(base_n_layer=2, base_n_embd=32)
+    (tmp_path / 'sweep_a' / 'sweep.json').write_text(json.dumps(dict(base=base, search='points', differ=[])))
+    (tmp_path / 'sweep_a' / 'trials.csv').write_text(
+        'n_layer,n_embd,parameterization,learning_rate,val_loss,params\n'
+        '2,32,completep,0.1,2.0,1000\n8,64,completep,0.1,2.0,3000\n64,512,sp,0.1,2.0,9000\n')
+    monkeypatch.setattr(shapes, 'RESULTS', tmp_path)
+    found, largest = shapes.evidence_on('completep')
+    assert found == {'width': (1, 2), 'depth': (1, 4), 'N:L': (8, 16)} and largest == 3000
+    settings, machine = BenchConfig(shapes=True, params=1e6, tokens=1), Machine(torch.device('cpu'), torch.float32)
+    for n_layer, n_embd, expected in ((8, 64, 'width, depth, N:L'), (16, 128, 'N:L'), (2, 64, 'width, depth'),
+                                      (16, 16, 'none')):
+        config = TrainConfig(n_layer=n_layer, n_embd=n_embd, head_dim=16, vocab_size=64, **base)
+        assert shapes.shape_row(config, settings, machine, found)['evidence'] == expected
+
+
+def test_the_shapes_are_listed_and_measured(data_dir, monkeypatch, capsys, tmp_path):
+    args = ('--shapes', '--params=2e5', '--tokens=1e6', f'--dataset={data_dir}', '--device=cpu', '--dtype=float32',
+            '--head_dim=8', '--block_size=16', '--batch_tokens=64', '--batch_size=2', f'--out_csv={tmp_path}/a.csv')
+    monkeypatch.setattr(bench, 'equal_shapes', lambda config, params: shapes.equal_shapes(config, params)[-2:])
+    run_main(monkeypatch, *args)
+    out = capsys.readouterr().out
+    assert out.count(' estimated ') == 2 and '40% (--mfu)' in out and 'N:L 1 to' in out
+    run_main(monkeypatch, *args, '--measure=True', '--turns=1', '--turn_s=0.01')
+    out = capsys.readouterr().out
+    assert out.count(' measured ') == 2 and 'estimated' not in out
+    rows = (tmp_path / 'a.csv').read_text().splitlines()
+    assert len(rows) == 5 and ',estimated,' in rows[1] and ',measured,' in rows[4]
+
+    def out_of_memory(*_):
+        raise UserError('nanoP ended: no memory left')
+    monkeypatch.setattr(shapes, 'measured_speed', out_of_memory)
+    run_main(monkeypatch, *args, '--measure=True')
+    out, err = capsys.readouterr()
+    assert out.count(' estimated ') == 2 and 'not measured, so it is estimated: nanoP ended: no memory' in err
+
+
+def test_measured_speed_counts_the_micro_batches_of_a_step(monkeypatch):
+    class Fake:
+        turns = [[0.0, 1.0, 2.0, 4.0], [0.0, 1.0, 2.0, 4.0]]  # data, forward, backward, optimizer
+
+        def __init__(self, name, turn_s, kind, config, dtype):
+            assert config['batch_tokens'] == 2 * 16
+
+        def take_turn(self):
+            pass
+
+        def close(self):
+            pass
+    monkeypatch.setattr(shapes, 'Contestant', Fake)
+    config = TrainConfig(block_size=16, batch_tokens=128, batch_size=2)
+    assert shapes.measured_speed(config, BenchConfig(), Machine(torch.device('cpu'), torch.float32)) == 128 / 16
+
+
+def test_shapes_that_are_refused(monkeypatch):
+    both = ('--shapes', '--params=1e6', '--tokens=1e6')
+    for args, message in ((('--shapes', '--tokens=1e6'), 'params=0.0 is not allowed: use a finite value of at least 1'),
+                          (('--shapes', '--params=1e6'), 'tokens=0.0 is not allowed: use a finite value'),
+                          (('--shapes', '--params=nan', '--tokens=1'), 'params=nan is not allowed'),
+                          (('--params=1e6',), 'params=1000000.0 is not allowed: it goes with --shapes'),
+                          (('--plan', '--tokens=5'), 'tokens=5.0 is not allowed: it goes with --shapes'),
+                          ((*both, '--gpus=2'), 'gpus=2 is not allowed: --shapes is for one device'),
+                          ((*both, '--plan'), 'choose one of --plan, --shapes'),
+                          ((*both, f'--peer={ROOT}'), 'it goes with a training step or --sample'),
+                          ((*both, '--measure=True', '--vocab_size=256', '--dataset=nowhere'), 'no dataset in'),
+                          ((*both, '--vocab_size=50304'), 'params=1e+06 is the size of no shape with n_layer <= n_embd,'
+                           ' n_embd a multiple of 64 and a vocabulary of 50,304, from the config')):
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_main(monkeypatch, *args)
+
+
 def test_bench_imports_no_database():
-    code = ('import sys, bench, tools.plan, tools.stack, tools.bench_worker, tools.contestants; '
+    code = ('import sys, bench, tools.plan, tools.shapes, tools.stack, tools.bench_worker, tools.contestants; '
             "print({'optuna', 'sqlalchemy'} & set(sys.modules))")
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == 'set()\n', result.stderr

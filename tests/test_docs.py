@@ -30,7 +30,7 @@ from tools.sweep_report import compare, mean_losses, optimum
 from train import TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), ROOT / 'examples' / 'README.md']
 
 
 def text_of(name):
@@ -108,6 +108,9 @@ def test_commands_are_commands(words):
         script = next(word for word in words if word.endswith('.py'))
         arguments = words[words.index(script) + 1:]
         assert (ROOT / script).exists(), script
+        if script == 'examples/measure.py':
+            assert not arguments
+            return
         if script.startswith('data/') or 'train_shakespeare_char.py' in ' '.join(arguments) and '--base_n_layer=2' in \
                 arguments:  # these parse their own flags; that one is for the patched nanoGPT
             return
@@ -119,6 +122,8 @@ def test_commands_are_commands(words):
 
 COMMANDS = {  # of results whose sweep.py had more than a config, or a config of another name
     **{f'ablations{more}': f'config/sweep_ablations{more}.py' for more in ('', '_alibi', '_lion', '_seeds')},
+    'contract_width': 'config/sweep_base.py --parameterization=sp --n_embd=16,24,32 --base_n_embd=16 --head_dim=8 '
+                      '--base_head_dim=8 --batch_tokens=1024 --batch_size=16 --max_iters=120 --eval_tokens=16384',
     'sweep_batch_128': 'config/sweep_batch.py --n_embd=128',
     'sweep_block_size_128': 'config/sweep_block_size.py --n_embd=128',
     'sweep_depth_125': 'config/sweep_depth.py --max_iters=125 --n_layer=2,32 --seed=1,2 '
@@ -312,10 +317,20 @@ def models_in_llama_cpp():
     yield 'docs/export.md', f"with GELU and biases differs by {float(older[0]['difference']):.0e}"
 
 
+def examples():
+    found = {(name, axis): (drift, regret) for name, axis, drift, regret in re.findall(
+        r'(\w+) over (\w+): the best rate moves by (\S+) octaves, and to keep it costs (\S+)',
+        text_of('results/examples/measure.txt'))}
+    for axis, shape, more in ('width', '2 x 128', ('to keep the rate costs ', ' of the loss')), (
+            'depth', '16 x 32', ('', '')):
+        (sp, sp_regret), (ours, regret) = found['sp', axis], found['completep', axis]
+        yield 'examples/README.md', f'| {shape} | {sp} octaves, {sp_regret.join(more)} | {ours} octaves, {regret} |'
+
+
 def statements():
     """(page, a sentence's part with its figures computed)"""
     yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations(), *exports(),
-                *models_in_llama_cpp())
+                *models_in_llama_cpp(), *examples())
     demo = json.loads(text_of('results/completep_small/summary.json'))
     yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
     yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"

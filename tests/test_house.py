@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {'sample', 'coord_check', 'sweep', 'bench', 'export_hf', 'gpu_check'}
+EXAMPLES = {'plain_gpt', 'plain_gpt_completep'}  # of somebody else's code, so they know nothing of ours
 AT_THE_ROOT = {path.stem for path in ROOT.glob('*.py')}
 SOURCES = [*ROOT.glob('*.py'), *ROOT.glob('nanop/*.py'), *ROOT.glob('tools/*.py'), *ROOT.glob('data/*/*.py'),
-           *ROOT.glob('tests/*.py')]
+           *ROOT.glob('examples/*.py'), *ROOT.glob('tests/*.py')]
 ONCE = {'plan', 'run', 'check', 'measure', 'Report', 'read', 'write_csv', 'commit'}  # at most one definition
 
 
@@ -46,9 +47,16 @@ def test_the_model_and_the_training_script_import_little():
 def test_nobody_imports_a_script():
     for path in SOURCES:
         if path.parent.name != 'tests' and path.name != 'test_model.py':
-            assert not packages(path) & SCRIPTS, path
+            assert not packages(path) & {*SCRIPTS, 'measure'}, path
     for path in ROOT.glob('tools/*.py'):
         assert packages(path) & AT_THE_ROOT <= {'model', 'train', 'configurator'}, path
+
+
+def test_the_examples_stand_alone():
+    for name in EXAMPLES:
+        assert packages(ROOT / 'examples' / f'{name}.py') <= {'torch', *sys.stdlib_module_names}
+    ours = packages(ROOT / 'examples' / 'measure.py') - {'torch', *sys.stdlib_module_names}
+    assert ours == {'nanop', 'tools', *EXAMPLES}
 
 
 def test_the_root_is_small():

@@ -75,6 +75,15 @@ def memory(model, config, bench, product_bytes, cpu_bf16=False):
     return rows
 
 
+def planned_bytes(model, config, bench, machine):
+    """The memory of a run on this machine's device alone."""
+    product_bytes = machine.dtype.itemsize
+    rows = memory(model, replace(config, parallel='ddp'), replace(bench, gpus=1), product_bytes,
+                  cpu_bf16=machine.device.type == 'cpu' and product_bytes == 2)
+    del rows['activations' if config.recompute else 'activations, --recompute=True']
+    return sum(rows.values())
+
+
 def traffic(model, config, bench, product_bytes):
     """Bytes that one device sends in a step, in ring algorithms."""
     P, shards = model.num_params(), ranks_per_copy(config, bench)
@@ -162,12 +171,9 @@ def run_and_measure(config, steps, queue):
 def measure_memory(config, bench):
     """Train three steps and compare the peak memory with the plan. Returns (planned, measured) bytes."""
     machine = set_up(config.device, config.dtype)
-    device, product_bytes = machine.device, machine.dtype.itemsize
+    device = machine.device
     model, _ = meta_model(config)
-    rows = memory(model, replace(config, parallel='ddp'), replace(bench, gpus=1), product_bytes,
-                  cpu_bf16=device.type == 'cpu' and product_bytes == 2)
-    del rows['activations' if config.recompute else 'activations, --recompute=True']
-    planned = sum(rows.values())
+    planned = planned_bytes(model, config, bench, machine)
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # glibc returns freed tensors to the system, so the peak is in use
     context = multiprocessing.get_context('spawn')
     queue, started = context.Queue(), time.perf_counter()

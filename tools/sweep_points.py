@@ -116,12 +116,13 @@ class Sweep:
 
     configs, digests       the TrainConfig and the digest of each of the `points`
     row_keys               the keys that make the rows of the report's tables: parameterization and those of variants
+    wanted                 a function that says which points run; all, unless it is given
     sampled                a sampler of Optuna chooses the points; `points` are the corners of what it searches
     facts                  what a study keeps: `base`, the values that all trials share; `differ`, other keys; search;
                            data, see data_facts()
     """
 
-    def __init__(self, config, overrides):
+    def __init__(self, config, overrides, wanted=lambda point: True):
         self.config, self.sampled = config, config.search not in ('grid', 'random')
         overrides = flat(overrides)
         values = listed_values(overrides)
@@ -135,7 +136,7 @@ class Sweep:
         self.row_keys = list(dict.fromkeys(['parameterization', *variants[0]]))
         self.axes = {key: held for key, held in values.items() if key not in ('seed', *self.models[0])
                      and (len(held) > 1 or key == 'learning_rate')}
-        self.points = self.make_points(values['seed'])
+        self.points = list(filter(wanted, self.make_points(values['seed'])))
         self.worker_values = {key: values[key][0] for key in WORKER_KEYS if key in values}
         differ = sorted(self.axes if self.sampled else self.points[0])
         set_by_points = {key: next(filter(None, (point[key] for point in self.points)), None) for key in self.points[0]}
