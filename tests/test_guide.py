@@ -68,6 +68,8 @@ def rules_and_pictures():
     yield f"better than under `supar`: {best_loss(sparse[-1]):.3f} against "
     yield f"{best_loss(curves('sweep_density', 'supar')[-1]):.3f} nats at 1/8"
     yield f"does not ({drift(compare([first, last]))} octaves, [sweep_depth]"
+    moved = re.search(r'^sp over depth: the best rate moves by (\S+) octaves', text_of('results/examples/measure.txt'), re.M)
+    yield f'with one seed, it does: {moved.group(1)} octaves from 2 to 16 layers'
     eps = next(row for row in read_csv(ROOT / 'results/coord_check/faults.csv') if row['fault'] == 'eps not scaled')
     yield f"falls as width^{eps['faulty']} ([faults.csv]"
     assert TrainConfig().eps == 1e-8 and min(float(value) for value in eps['values_faulty'].split()) > 20_000
@@ -84,6 +86,9 @@ def proxies():
         error = np.std(found, ddof=1) / len(found) ** 0.5
         yield f'| {width} | {params[width]} | {sp} | {mup} | ± {error:.2f} |'
     assert 16 not in params
+    seeds = re.search(r'^\| n_embd 16 \|.*\| (-[^|]*) \|', text_of('results/contract_width/contract.md'), re.M).group(1)
+    seeds = [float(seed) for seed in seeds.split(',')]
+    yield f'the optima of three seeds up to {max(seeds) - min(seeds):.2f} octaves apart'
     yield '| 16 | | not measured |'
     of_depth = {rules: curves('sweep_depth', rules) for rules in ('sp', 'depth_mup', 'completep')}
     for i, layers in enumerate((2, 4, 8, 16)):
