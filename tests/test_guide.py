@@ -68,7 +68,8 @@ def rules_and_pictures():
     yield f"better than under `supar`: {best_loss(sparse[-1]):.3f} against "
     yield f"{best_loss(curves('sweep_density', 'supar')[-1]):.3f} nats at 1/8"
     yield f"does not ({drift(compare([first, last]))} octaves, [sweep_depth]"
-    moved = re.search(r'^sp over depth: the best rate moves by (\S+) octaves', text_of('results/examples/measure.txt'), re.M)
+    example = text_of('results/examples/measure.txt')
+    moved = re.search(r'^sp over depth: the best rate moves by (\S+) octaves', example, re.M)
     yield f'with one seed, it does: {moved.group(1)} octaves from 2 to 16 layers'
     eps = next(row for row in read_csv(ROOT / 'results/coord_check/faults.csv') if row['fault'] == 'eps not scaled')
     yield f"falls as width^{eps['faulty']} ([faults.csv]"
