@@ -8,6 +8,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import coord_faults
 import coord_reliability
 import llama_cpp_parity
 import pytest
@@ -82,6 +83,7 @@ def check_flags(script, arguments):
                   'export_hf.py': export_hf.ExportConfig, 'gpu_check.py': gpu_check.GpuCheckConfig,
                   'tests/stress_faults.py': stress_faults.StressConfig,
                   'tests/stress_hosts.py': stress_hosts.HostsConfig,
+                  'tests/coord_faults.py': coord_faults.FaultsConfig,
                   'tests/coord_reliability.py': coord_reliability.ReliabilityConfig,
                   'tests/llama_cpp_parity.py': llama_cpp_parity.ParityConfig}[script]
         config(**configure(config, arguments))
