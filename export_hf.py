@@ -42,7 +42,7 @@ class ExportConfig:
     overwrite: bool = False        # True: replace that subfolder
     target: str = 'auto'           # auto, or an architecture of transformers: docs/export.md
     dtype: str = 'float32'         # of the weights: float32, bfloat16 (it says how much the loss changes)
-    average: int = 1               # average the weights of the newest so many checkpoints (train.py's keep_checkpoints)
+    average: int = 1               # number of newest checkpoints whose weights to average (train.py's keep_checkpoints)
     tokenizer: bool = True         # False: leave it out
     dataset: str = ''              # whose validation text is compared; '': the run's
     eval_tokens: int = 0           # validation tokens of the comparison; 0: as many as in the run
