@@ -27,7 +27,7 @@ from statistics import median
 
 import torch
 
-from configurator import configure_both
+from configurator import configure_both, flat, nested
 from nanop.dataset import open_dataset
 from nanop.errors import UserError, exit_on_user_error, require, require_values
 from nanop.files import append_csv
@@ -323,10 +323,10 @@ def append(path, rows, **common):
 
 def read_bench(argv):
     own, train = configure_both(BenchConfig, TrainConfig, argv, switches=KINDS)
-    for key, value in train.items():
+    for key, value in flat(train).items():
         if isinstance(value, list):
             raise UserError(f'{key}={value} is a list: give one value')
-    return BenchConfig(**own), TrainConfig(**train)
+    return BenchConfig(**own), TrainConfig(**nested(flat(train)))
 
 
 def main():

@@ -42,7 +42,7 @@ class ExportConfig:
     overwrite: bool = False        # True: replace that subfolder
     target: str = 'auto'           # auto, or an architecture of transformers: docs/export.md
     dtype: str = 'float32'         # of the weights: float32, bfloat16 (it says how much the loss changes)
-    average: int = 1               # average the weights of the newest so many checkpoints (train.py's keep_checkpoints)
+    average: int = 1               # number of newest checkpoints whose weights to average (train.py's keep_checkpoints)
     tokenizer: bool = True         # False: leave it out
     dataset: str = ''              # whose validation text is compared; '': the run's
     eval_tokens: int = 0           # validation tokens of the comparison; 0: as many as in the run
@@ -229,13 +229,16 @@ def load(c):
     return GPTConfig(**state['model_config']), weights, state, data
 
 
-def averaged(c, gpt, weights, sequences):
+def averaged(c, gpt, weights, state, sequences):
     """(weights, steps) to export. Where they are an average, the loss of the newest weights and its own are printed."""
+    if c.average == 1:
+        return weights, [state['step']]
     mean, steps = checkpoint.average_weights(c.out_dir, c.average)
-    if c.average > 1:
-        for what, tensors in ((f'step {steps[0]} alone', weights), (f'average of steps {steps[::-1]}', mean)):
-            loss = losses(GPT.from_weights(gpt, tensors).eval(), sequences)[0]
-            print(f'{what}: validation loss {loss:.4f}')
+    if steps[0] != state['step']:
+        raise UserError(f'a checkpoint of step {steps[0]} has been written meanwhile: run the export again')
+    for what, tensors in ((f'step {steps[0]} alone', weights), (f'average of steps {steps[::-1]}', mean)):
+        loss = losses(GPT.from_weights(gpt, tensors).eval(), sequences)[0]
+        print(f'{what}: validation loss {loss:.4f}')
     return mean, steps
 
 
@@ -257,7 +260,7 @@ def export(c, final):
     """Write the folder `final`, unless transformers computes something else. Returns the exit code."""
     gpt, weights, state, data = load(c)
     sequences = val_sequences(data, c.eval_tokens or state['config']['eval_tokens'], gpt.block_size)
-    weights, steps = averaged(c, gpt, weights, sequences)
+    weights, steps = averaged(c, gpt, weights, state, sequences)
     model = GPT.from_weights(gpt, weights).eval()
     target, hf_config, tensors, folded = to_hf(asdict(gpt), multipliers(model), weights, c.target)
     print(f"{hf_config['architectures'][0]}: {'; '.join(folded) or 'every multiplier kept, nothing folded'}")

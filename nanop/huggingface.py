@@ -505,9 +505,8 @@ def from_hf(name, model_class, config, block_size=None):
     parts['wpe.weight'] = parts['wpe.weight'][:config.block_size]
     weights = unsplit(words(asdict(config)), parts, model.state_dict())
     if not saved and config.parameterization not in ('gpt2', 'sp'):
-        base = f'{config.base_n_layer or config.n_layer} layers x {config.base_n_embd or config.n_embd}'
-        say(f"note: '{name}' trains under {config.parameterization} with a base of {base}, which nothing in it states: "
-            'use --parameterization=sp to rescale nothing')
+        say(f"note: '{name}' trains under {config.parameterization} with a base of {config.base_n_layer} layers x "
+            f'{config.base_n_embd}, which nothing in it states: use --parameterization=sp to rescale nothing')
     meta = dict(tokenizer='gpt2') if name in GPT2_NAMES else saved.get('meta', {})
     if not meta:
         say(f"note: nothing in '{name}' says how nanoP would tokenize: its ids must mean what those of your data mean")

@@ -135,8 +135,9 @@ class RunFolder:
         checkpoint.restore(self.path, model, optimizer)
         if self.saved['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(self.saved['scaler'])
+        unsaid = 'init_from', 'out_dir', 'overwrite', 'new_data', 'decay_steps'  # which the schedule's keys explain
         changed = [f'{key} {before[key]} -> {value}' for key, value in asdict(c).items()
-                   if before[key] != value and key not in ('init_from', 'out_dir', 'overwrite', 'new_data')]
+                   if before[key] != value and key not in unsaid]
         changed += ['other data'] if other_data else []
         say(f"resuming {self.path} at step {self.saved['step']}{', with ' if changed else ''}{', '.join(changed)}")
 

@@ -152,6 +152,7 @@ def test_the_command_and_its_errors(monkeypatch, capsys):
                            "gpus=12 is not allowed: parallel='hsdp' needs a multiple of gpus_per_host=8"),
                           (('--plan', '--optimizer=muon', '--density=0.5'), "'muon' has no rule for density=0.5"),
                           (('--plan', '--n_layer=2,4'), 'n_layer=[2, 4] is a list'),
+                          (('--plan', '--lr_mult.embedding=1,2'), 'lr_mult.embedding=[1.0, 2.0] is a list'),
                           (('--plan', '--n_embd=100'), 'n_embd=100 is not allowed: use a multiple of head_dim=64'),
                           (('--measure=True',), 'measure=True is not allowed: it goes with --plan'),
                           (('--text=a.md',), "text='a.md' is not allowed: use a .txt file"),
@@ -344,6 +345,11 @@ def test_the_shapes_to_measure(path):
     model, _ = meta_model(config)
     assert path.name == f'bench_{config.n_layer}x{config.n_embd}.py' and model.config.tie_weights
     assert 'Hardware' in path.read_text().splitlines()[1]
+
+
+def test_one_factor_for_two_roles():
+    _, config = read_bench(['--plan', '--lr_mult.hidden_weight+residual_proj=2'])
+    assert config.lr_mult == dict(hidden_weight=2.0, residual_proj=2.0)
 
 
 def fits_results(name, rows):

@@ -388,6 +388,7 @@ def test_runs_that_fail_give_no_verdict(contract_main, tmp_path, monkeypatch):
     ('n_embd=24', {}, 'too near'), ('density=0.25', {}, 'too near'), ('n_embd=128', dict(search='tpe'), "search='tpe'"),
     ('n_embd=128', dict(trials=8), 'trials=8'), ('n_embd=128', dict(n_layer=[1, 2]), 'n_layer=[1, 2] is a list'),
     ('n_embd=128', dict(learning_rate=[0.01, 0.02]), 'is a list'),
+    ('n_embd=128', {'lr_mult.embedding': [1.0, 2.0]}, 'lr_mult.embedding=[1.0, 2.0] is a list'),
     ('n_embd=128', dict(largest_frac=1.5), 'largest_frac'),
     ('n_embd=128', dict(learning_rate=0.0), 'learning_rate=0.0'), ('n_embd=128', dict(dataset='nowhere'), 'nowhere'),
     ('n_embd=128', dict(device='tpu'), "device='tpu'")])
@@ -429,6 +430,11 @@ def test_shapes_lie_on_the_way_and_cost_little(tiny, target, keys, shapes):
         for key, octaves in ratios.items():
             way = math.log2(shape[key] / contract.start[key]) / octaves
             assert way == pytest.approx(size / contract.target_size, abs=0.3)
+
+
+def test_factors_of_roles_are_kept(tiny):
+    sweep, _ = contract_of(tiny, 'n_embd=256', **{'lr_mult.embedding+unembedding': 2.0}).next_sweep([])
+    assert all(config.lr_mult == dict(embedding=2.0, unembedding=2.0) for config in sweep.configs)
 
 
 def test_only_the_runs_that_are_wanted_are_queued(tiny):

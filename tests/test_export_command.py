@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_the_last_checkpoints_are_averaged(run, capsys):
         checkpoint.average_weights(run, 4)
     (paths[0] / 'state.json').write_text('{}')
     assert checkpoint.average_weights(run, 2)[1] == [6, 4] and 'is damaged' in capsys.readouterr().err
+
+
+def test_training_may_go_on_meanwhile(run, tiny):
+    c = export_hf.ExportConfig(out_dir=run)
+    gpt, weights, state, data = export_hf.load(c)
+    train(replace(tiny, init_from='resume', max_iters=10))
+    assert checkpoint.newest(run)[1]['step'] == 10
+    sequences = export_hf.val_sequences(data, 64, gpt.block_size)
+    found, steps = export_hf.averaged(c, gpt, weights, state, sequences)
+    assert steps == [state['step']] == [8] and all(torch.equal(found[name], weights[name]) for name in weights)
+    with pytest.raises(UserError, match=r'a checkpoint of step 10 has been written meanwhile: run the export again'):
+        export_hf.averaged(replace(c, average=2), gpt, weights, state, sequences)
 
 
 # -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import stress_faults
 import torch
 
 import train as train_module
+from configurator import flat
 from model import GPT
 from nanop import checkpoint, dataset, run_log, terminal
 from nanop.errors import UserError
@@ -39,8 +40,8 @@ def names(paths):
 def start(config, **options):
     """Start train.py in a subprocess. Returns the process."""
     return subprocess.Popen([sys.executable, ROOT / 'train.py', *(f'--{key}={value}' for key, value in
-                             asdict(config).items() if value != '')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, **options)
+                             flat(asdict(config)).items() if value != '')],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for_step(config, step):
@@ -620,8 +621,8 @@ TERMINALS = ('head', 'full', 'closed', 'both closed', 'ascii')
 @pytest.mark.parametrize('kind', TERMINALS)
 def test_no_terminal_ends_a_run(tiny, kind):
     config = replace(tiny, max_iters=300, sample_tokens=30)
-    command = [sys.executable, str(ROOT / 'train.py'), *(f'--{key}={value}' for key, value in asdict(config).items()
-                                                         if value != '')]
+    command = [sys.executable, str(ROOT / 'train.py'), *(f'--{key}={value}' for key, value in
+                                                         flat(asdict(config)).items() if value != '')]
     environment = dict(os.environ, PYTHONIOENCODING='ascii' if kind == 'ascii' else 'utf-8', PYTHONUNBUFFERED='1')
     shell = dict(head='{} | head -n 1', full='{} > /dev/full', closed='{} >&-', ascii='{} | cat')
     shell |= {'both closed': '{} >&- 2>&-'}

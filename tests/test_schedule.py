@@ -111,7 +111,7 @@ def test_a_branch_is_the_run_of_that_length(tiny, tmp_path, changes):
     assert contents(config.out_dir) == before
 
 
-def test_a_branch_resumes_in_the_middle_of_its_decay(long_run, tmp_path):
+def test_a_branch_resumes_in_the_middle_of_its_decay(long_run, tmp_path, capsys):
     whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
     train(branch(long_run, 6, 6, whole))
     train(branch(long_run, 6, 6, stopped))
@@ -120,7 +120,9 @@ def test_a_branch_resumes_in_the_middle_of_its_decay(long_run, tmp_path):
             shutil.rmtree(path)
     resumed = read_config([f'--out_dir={stopped}', '--init_from=resume'])
     assert (resumed.schedule, resumed.decay_steps) == ('wsd', 0)
+    capsys.readouterr()
     train(resumed)
+    assert 'resuming' in (said := capsys.readouterr().out) and 'decay_steps' not in said  # the decay goes on
     require_equal(whole, stopped)
 
 

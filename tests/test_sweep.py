@@ -195,7 +195,8 @@ def test_a_run_is_known_by_all_that_changes_it(tiny):
     for changes in (dict(seed=3), dict(eps=1e-9), dict(beta1=0.8), dict(dtype='bfloat16'), dict(n_layer=3),
                     dict(schedule='cosine'), dict(attn_mult=2.0), dict(eval_tokens=256), dict(density=0.5)):
         assert digest(replace(config, **changes)) != digest(config), changes
-    for same in (dict(out_dir='elsewhere'), dict(mask_seed=4), dict(parameterization='gpt2', base_n_layer=2)):
+    for same in (dict(out_dir='elsewhere', keep_checkpoints=9), dict(mask_seed=4),
+                 dict(parameterization='gpt2', base_n_layer=2)):
         assert (digest(replace(config, **same)) == digest(config)) == ('parameterization' not in same), same
 
 

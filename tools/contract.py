@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from configurator import merge, read_flag
+from configurator import flat, merge, nested, read_flag
 from nanop import plots
 from nanop.errors import UserError
 from nanop.machine import pick_device
@@ -81,13 +81,13 @@ class Contract:
     and the largest whose run costs at most largest_frac of the target's; `costs`: of a run, in runs of the target."""
 
     def __init__(self, config, overrides):
-        self.config, self.overrides = config, overrides
-        for key, value in overrides.items():
+        self.config, self.overrides = config, flat(overrides)
+        for key, value in self.overrides.items():
             if isinstance(value, list) and key != 'seed':
                 raise UserError(f'{key}={value} is a list: a contract takes one value of every key but seed')
         seed = overrides.get('seed', DEFAULTS['seed'])
         self.seeds = seed if isinstance(seed, list) else [seed, seed + 1, seed + 2]
-        base = TrainConfig(**merge(DEFAULTS, overrides, TrainConfig) | dict(seed=self.seeds[0]) | FIXED)
+        base = TrainConfig(**nested(merge(DEFAULTS, self.overrides, TrainConfig) | dict(seed=self.seeds[0]) | FIXED))
         self.rate, self.target = base.learning_rate, read_target(config.target)
         if not self.rate:
             raise UserError('learning_rate=0.0 is not allowed: a contract runs rates around it')

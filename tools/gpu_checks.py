@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from configurator import flat
 from nanop import checkpoint, parallel
 from nanop.dataset import Dataset
 from nanop.files import read_csv
@@ -61,7 +62,8 @@ def small(setting, name, **changes):
 
 
 def flags(config):
-    return [f'--{key}={value}' for key, value in asdict(config).items() if value != getattr(TrainConfig, key)]
+    usual = asdict(TrainConfig())
+    return [f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != usual.get(key, 1.0)]
 
 
 def start(setting, log, *command, **env):

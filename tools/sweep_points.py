@@ -28,8 +28,8 @@ NO_MULT = 1.0  # the default of an entry of a dict, none of which is in DEFAULTS
 MODEL_AXES = ('n_layer', 'n_embd', 'density', 'parameterization')
 WORKER_KEYS = ('device', 'compile')  # may differ between the workers of a study
 FIXED = dict(out_dir='', init_from='scratch', eval_only=False, eval_interval=0, sample_tokens=0, wandb_log=False)
-NOT_SWEPT = (*FIXED, *WORKER_KEYS, 'overwrite', 'always_save_checkpoint', 'log_interval', 'wandb_project',
-             'wandb_run_name')
+NOT_SWEPT = (*FIXED, *WORKER_KEYS, 'overwrite', 'always_save_checkpoint', 'keep_checkpoints', 'log_interval',
+             'wandb_project', 'wandb_run_name')
 
 
 def combinations(axes):
