@@ -88,7 +88,7 @@ class TrainConfig(GPTConfig):
     eval_tokens: int = 65536               # validation tokens, the same ones every time
     eval_only: bool = False                # validate once and stop
     always_save_checkpoint: bool = True    # False: only when the validation loss is the best so far
-    keep_checkpoints: int = 2              # number of newest checkpoints to keep; more for export_hf.py --average, decay_steps
+    keep_checkpoints: int = 2              # so many stay, the newest; more for export_hf.py --average and decay_steps
     log_interval: int = 10                 # steps between rows of metrics.csv
     sample_tokens: int = 0                 # length of a sample to print at the end
     wandb_log: bool = False                # also log to Weights & Biases
