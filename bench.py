@@ -251,10 +251,12 @@ def bench_sweep(config, bench):
     """Benchmark a sweep over learning rates, with the start of its processes, against one process per trial."""
     rates = [config.learning_rate * 2 ** (k / 8) for k in range(bench.trials)]
     not_stacked = why_not_stack(config)
+    left_out = {'out_dir', 'init_from', 'overwrite'} | (
+        {'max_iters'} if config.train_tokens or config.tokens_per_param else set())  # which set the duration
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, 'base.py')
         base.write_text(''.join(f'{key} = {value!r}\n' for key, value in asdict(config).items()
-                                if key not in ('out_dir', 'init_from', 'overwrite')))
+                                if key not in left_out))
 
         def seconds_of(script, rates, *flags, allowed=(0,)):
             learning_rate, out_dir = ','.join(map(str, rates)), tempfile.mkdtemp(dir=folder)

@@ -471,9 +471,10 @@ def test_preparation_beside_a_loop(gpt2_tokenizer):
     assert fits_results('prepare', rows)
 
 
-def test_the_commands_of_a_sweep_benchmark(data_dir, monkeypatch):
+@pytest.mark.parametrize('duration', [dict(max_iters=2), dict(train_tokens=1024), dict(tokens_per_param=0.1)])
+def test_the_commands_of_a_sweep_benchmark(data_dir, monkeypatch, duration):
     """train.py, sweep.py and a stack get the same runs. No command is started."""
-    config, commands = TrainConfig(dataset=data_dir, max_iters=2, **TINY), []
+    config, commands = TrainConfig(dataset=data_dir, **duration, **TINY), []
 
     def record(command, allowed=(0,)):
         script, argv = Path(command[1]).name, command[2:]
