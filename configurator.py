@@ -56,7 +56,10 @@ def typed_entries(key, value, where, listed):
     for names, number in value.items():
         entry = f'{key}.{names}'
         number = typed(entry, number, {entry: float}, where, [entry] if listed else ())
-        entries |= dict.fromkeys([names] if listed else str(names).split('+'), number)
+        for name in [names] if listed else str(names).split('+'):
+            if name in entries:
+                raise UserError(f'{where}: {key}.{name} is set twice, leave one of them out')
+            entries[name] = number
     return entries
 
 

@@ -29,7 +29,7 @@ from nanop.files import lock, remove
 from nanop.hf_check import LOGITS, mean_loss
 from nanop.hf_tokenizer import write_tokenizer
 from nanop.huggingface import OURS, TABLE, multipliers, to_hf, write_folder
-from train import TrainConfig
+from train import OUR_STARTS, TrainConfig
 
 TOLERANCE = 1e-5  # on logits, relative to the largest, and on the loss, in float32
 GREEDY = 32       # tokens
@@ -131,9 +131,11 @@ def figures_of(c, gpt, data, model, sequences, found, loss_with_padding, loss, s
 # The model card
 def command(config, meta):
     """The command that trains with these keys; of paths, which are the user's own, the last name."""
-    ignored = {'out_dir', 'init_from', 'overwrite', 'new_data', 'eval_only', 'decay_steps', 'wandb_project',
-               'wandb_run_name'}
-    config, usual = flat(config | dict(dataset=Path(config['dataset']).name)), asdict(TrainConfig())
+    ignored = {'out_dir', 'overwrite', 'new_data', 'eval_only', 'decay_steps', 'wandb_project', 'wandb_run_name'}
+    if config['init_from'] in OUR_STARTS or config['decay_steps']:  # a branch is a run of its length
+        ignored.add('init_from')
+    names = {key: Path(config[key]).name for key in ('dataset', 'init_from')}
+    config, usual = flat(config | names), asdict(TrainConfig())
     ignored |= {key for key in ('vocab_size', 'real_vocab_size') if config[key] == meta[key]}
     flags = [f'--{key}={value}' for key, value in config.items()
              if key not in ignored and key.partition('.')[0] in usual and value != usual.get(key, 1.0)]

@@ -180,7 +180,8 @@ def require_runnable(sweep):
 def run_points(study, sweep, out_dir, overrides, costs, what=''):
     """Run the points that the study has not run yet. If this is stopped, report what has finished."""
     enqueue(study, sweep, out_dir)
-    (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
+    with explained(OSError, f"'{out_dir}/sweep.json' cannot be written"):
+        (out_dir / 'sweep.json').write_text(json.dumps(sweep.facts, indent=1))
     print(f"{what}{sweep.num_runs} {'' if sweep.sampled else 'different '}runs, {num_to_do(study, sweep)} to do")
     if sweep.config.stack > 1 and why_not_stack(sweep.configs[0]):
         print(f'runs are not stacked: {why_not_stack(sweep.configs[0])}')

@@ -387,7 +387,7 @@ def test_runs_that_fail_give_no_verdict(contract_main, tmp_path, monkeypatch):
     ('n_embd=1024', dict(largest_frac=0.001), 'and 33% of the way'),
     ('n_embd=24', {}, 'too near'), ('density=0.25', {}, 'too near'), ('n_embd=128', dict(search='tpe'), "search='tpe'"),
     ('n_embd=128', dict(trials=8), 'trials=8'), ('n_embd=128', dict(n_layer=[1, 2]), 'n_layer=[1, 2] is a list'),
-    ('n_embd=128', dict(learning_rate=[0.01, 0.02]), 'is a list'),
+    ('n_embd=128', dict(learning_rate=[0.01, 0.02]), 'is a list'), ('n_embd=128', dict(seed=[3, 3]), 'a seed twice'),
     ('n_embd=128', {'lr_mult.embedding': [1.0, 2.0]}, 'lr_mult.embedding=[1.0, 2.0] is a list'),
     ('n_embd=128', dict(largest_frac=1.5), 'largest_frac'),
     ('n_embd=128', dict(learning_rate=0.0), 'learning_rate=0.0'), ('n_embd=128', dict(dataset='nowhere'), 'nowhere'),

@@ -12,7 +12,7 @@ import torch
 import coord_check
 import export_hf
 import sweep
-from configurator import configure, flat, nested
+from configurator import configure, flat, nested, typed
 from model import GPT, GPTConfig
 from nanop import checkpoint, run_log
 from nanop.dataset import Dataset
@@ -159,6 +159,8 @@ def test_the_command_line_sets_entries(tmp_path):
         with pytest.raises(UserError) as error:
             configure(TrainConfig, [argument])
         assert message in str(error.value)
+    with pytest.raises(UserError, match='lr_mult.embedding is set twice, leave one of them out'):
+        typed('lr_mult', {'embedding+unembedding': 2.0, 'embedding': 3.0}, {'lr_mult': dict}, 'a.py')
     with pytest.raises(UserError, match='b.x is set twice, leave one of them out'):
         nested({'b.x': 1.0, 'b.x+y': 2.0})
 
@@ -185,6 +187,8 @@ def test_the_model_card_and_its_command_have_them(tiny):
     words = [word for word in shlex.split(export_hf.command(state['config'], data.meta))[2:] if 'dataset' not in word]
     again = read_config([*words, f'--dataset={tiny.dataset}', f'--out_dir={tiny.out_dir}'])
     assert replace(again, overwrite=False) == config
+    started = state['config'] | dict(init_from='/home/me/hf')  # what it started from belongs to how it was trained
+    assert '--init_from=hf' in export_hf.command(started, data.meta)
 
 
 # -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 
 from configurator import flat, merge, nested, read_flag
 from nanop import plots
-from nanop.errors import UserError
+from nanop.errors import UserError, explained
 from nanop.machine import pick_device
 from tools.sweep_points import DEFAULTS, FIXED, TYPES, Sweep, cost
 from tools.sweep_queue import open_datasets
@@ -87,6 +87,8 @@ class Contract:
                 raise UserError(f'{key}={value} is a list: a contract takes one value of every key but seed')
         seed = overrides.get('seed', DEFAULTS['seed'])
         self.seeds = seed if isinstance(seed, list) else [seed, seed + 1, seed + 2]
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f'seed={self.seeds} names a seed twice, which is the same run twice: leave one of them out')
         base = TrainConfig(**nested(merge(DEFAULTS, self.overrides, TrainConfig) | dict(seed=self.seeds[0]) | FIXED))
         self.rate, self.target = base.learning_rate, read_target(config.target)
         if not self.rate:
@@ -174,7 +176,8 @@ class Contract:
         curves = self.curves_of(rows)
         verdict = judge_curves(self.sizes, curves, self.target_size)
         text = self.markdown(curves, verdict)
-        (out_dir / 'contract.md').write_text(text)
+        with explained(OSError, f"'{out_dir}/contract.md' cannot be written"):
+            (out_dir / 'contract.md').write_text(text)
         if verdict.drift:
             self.plot(curves, verdict, out_dir / 'contract.png')
         return text, EXIT_CODES[verdict.word]
