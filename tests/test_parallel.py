@@ -235,12 +235,12 @@ def test_the_layers_of_a_deep_model_share_their_graphs(recompute):
     assert compiled_graphs('cuda', n_layer=parallel.WHOLE + 1) == ([False] * 3 if recompute else [False] * 2)
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # monkeypatch would leave torch's module without the value
 def test_what_is_compiled_stays_compiled_for_any_number_of_shapes(monkeypatch):
     """By default torch runs a ninth graph uncompiled, with no more than a warning."""
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(Block, 'compile', lambda self, **kwargs: compile_block(self, backend='eager', **kwargs))
     monkeypatch.setattr(parallel, 'why_not_compile', lambda device: None)
-    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)
     counters = torch._dynamo.utils.counters
     counters.clear()
     torch.compiler.reset()
