@@ -615,7 +615,8 @@ def test_the_validation_before_a_step_that_diverged_is_kept(tiny, monkeypatch):
 # The terminal
 
 
-TERMINALS = ('head', 'full', 'closed', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('both closed', 'ascii')))
+TERMINALS = ('head', 'full', 'closed', *(pytest.param(kind, marks=pytest.mark.slow)
+                                         for kind in ('both closed', 'ascii')))
 
 
 @pytest.mark.parametrize('kind', TERMINALS)
