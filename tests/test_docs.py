@@ -205,6 +205,29 @@ def wide_and_deep():
     yield 'docs/results.md', f"({deep['sp'].drift:.2f} ± {deep['sp'].drift_error:.2f} octaves)"
 
 
+def depth_in_the_papers_architecture():
+    """Sentences on results/evidence_depth."""
+    curve = {rules: curves('evidence_depth', rules) for rules in ('sp', 'completep')}
+    found = {rules: compare(of) for rules, of in curve.items()}
+    sp, ours = (f'{found[rules].drift:+.2f} ± {found[rules].drift_error:.2f}' for rules in curve)
+    gains = {rules: best_loss(of[0]) - best_loss(of[-1]) for rules, of in curve.items()}
+    for page in ('README.md', 'docs/results.md'):
+        yield page, f'best rate falls by {sp[1:]} octaves'
+        yield page, f'stays ({ours})' if page == 'README.md' else f'stays under `completep` ({ours})'
+        yield page, f"32 layers gain {gains['completep']:.3f} nats on 2"
+        yield page, f"under `sp` {gains['sp']:.3f}" if page == 'README.md' else f"and {gains['sp']:.3f} under `sp`"
+    yield 'docs/guide.md', f"it does: {sp} octaves, three seeds, while `completep`'s stays, {ours}"
+    page, c = 'docs/results.md', found['completep']
+    yield page, f'costs `completep` {100 * c.regret_frac:.1f} ± {100 * c.regret_error:.1f}%'
+    two = mean_losses(curve['sp'][0])
+    yield page, f'2^-6 and 2^-5 are {two[2**-5] - two[2**-6]:.3f} nats apart'
+    lost = {}
+    for rules, of in curve.items():
+        means = mean_losses(of[-1])
+        lost[rules] = means[2**-4] - min(means.values())
+    yield page, f"of 2^-4, too high for both, 32 layers lose {lost['sp']:.2f} nats under `sp` and {lost['completep']:.2f}"
+
+
 def more_depth_and_density():
     deep = ('sp', 'depth_mup', 'completep')
     ends = {rules: curves('sweep_depth_500_ends', rules) for rules in deep}
@@ -329,8 +352,8 @@ def examples():
 
 def statements():
     """(page, a sentence's part with its figures computed)"""
-    yield from (*wide_and_deep(), *more_depth_and_density(), *other_questions(), *durations(), *exports(),
-                *models_in_llama_cpp(), *examples())
+    yield from (*wide_and_deep(), *depth_in_the_papers_architecture(), *more_depth_and_density(), *other_questions(),
+                *durations(), *exports(), *models_in_llama_cpp(), *examples())
     demo = json.loads(text_of('results/completep_small/summary.json'))
     yield 'README.md', f"{demo['val_loss']:.2f} nats ({demo['bits_per_byte']:.2f} bits per byte)"
     yield 'README.md', f"{demo['params']:,} parameters, {demo['steps']:,} steps"
