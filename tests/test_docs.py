@@ -225,7 +225,7 @@ def depth_in_the_papers_architecture():
     for rules, of in curve.items():
         means = mean_losses(of[-1])
         lost[rules] = means[2**-4] - min(means.values())
-    yield page, f"of 2^-4, too high for both, 32 layers lose {lost['sp']:.2f} nats under `sp` and {lost['completep']:.2f}"
+    yield page, f"too high for both, 32 layers lose {lost['sp']:.2f} nats under `sp` and {lost['completep']:.2f}"
 
 
 def more_depth_and_density():
