@@ -10,14 +10,16 @@ from nanop.errors import import_optional
 
 
 def orthogonalized(x, eps):
-    """The matrices x (N, d_out, d_in) with all their singular values moved to about 1 (0.7 to 1.2), in bf16."""
+    """The matrix x (d_out, d_in), or each of (N, d_out, d_in), with all singular values moved to about 1 (0.7 to 1.2),
+    in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315  # of torch.optim.Muon: x -> a x + b x^3 + c x^5 on singular values, 5 times
-    tall = x.size(1) > x.size(2)
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    tall = x.size(-2) > x.size(-1)
     y = x.bfloat16().mT if tall else x.bfloat16()
-    y = y / y.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    y = y / y.flatten(-2).norm(dim=-1).clamp(min=eps)[..., None, None]
     for _ in range(5):
         square = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=b, alpha=c), y, beta=a)
+        y = add_product(y, add_product(square, square, square, beta=b, alpha=c), y, beta=a)
     return y.mT if tall else y
 
 
@@ -48,8 +50,10 @@ class Muon(torch.optim.AdamW):
                     alike[w.shape if w.is_cuda else len(alike)].append((w, u.bfloat16()))
             for matrices in alike.values():
                 weights, updates = zip(*matrices)
-                size = math.sqrt(weights[0].size(0) / weights[0].size(1))
-                for w, u in zip(weights, orthogonalized(torch.stack(updates), group['eps'] / size)):
+                shape, update = weights[0].shape, torch.stack(updates) if len(updates) > 1 else updates[0]
+                size = math.sqrt(shape[0] / shape[1])
+                moved = orthogonalized(update, group['eps'] / size).view(-1, *shape)  # (N, d_out, d_in)
+                for w, u in zip(weights, moved):
                     w.add_(u, alpha=-group['lr'] * size)
         self.param_groups = [group for group in groups if 'rows' not in group]
         super().step()

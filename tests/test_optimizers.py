@@ -110,7 +110,7 @@ def test_matrices_of_one_shape_are_orthogonalized_at_once_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     at_once, by_shape = moved()
     assert all(torch.equal(p, at_once[name]) for name, p in alone.items())
-    assert {shape[0] for shape in one_by_one} == {1} and len(one_by_one) == 2 * 3 * 6  # q, k, v, 3 others
+    assert {len(shape) for shape in one_by_one} == {2} and len(one_by_one) == 2 * 3 * 6  # q, k, v, 3 others
     # 32 x 32: of hidden_weight q, of residual_proj the attention's; 16 x 32: of kv_weight k and v
     assert sorted(by_shape[:len(by_shape) // 2]) == [(3, 32, 32), (3, 32, 32), (3, 32, 128), (3, 128, 32), (6, 16, 32)]
 
