@@ -12,7 +12,7 @@ from pathlib import Path
 from configurator import configure
 from model import GPT, GPTConfig
 from nanop import checkpoint
-from nanop.errors import exit_on_user_error, explained, require_values
+from nanop.errors import UserError, exit_on_user_error, explained, require_values
 from nanop.hf_tokenizer import FolderTokenizer
 from nanop.huggingface import from_hf, require_start
 from nanop.machine import set_up
@@ -43,7 +43,11 @@ def load(config):
     """(model, tokenizer) on the CPU."""
     if config.init_from != 'resume':
         model, meta = from_hf(config.init_from, GPT, GPTConfig(parameterization='sp'))  # whose factors are all 1
-        return model, get_tokenizer(meta['tokenizer'], meta.get('chars')) if meta else FolderTokenizer(config.init_from)
+        tokenizer = get_tokenizer(meta['tokenizer'], meta.get('chars')) if meta else FolderTokenizer(config.init_from)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(f"the tokenizer of '{config.init_from}' has {tokenizer.vocab_size} ids, its model only "
+                            f'{model.config.vocab_size}: use a folder in which they belong together')
+        return model, tokenizer
     weights, state = checkpoint.load_weights(config.out_dir)
     model = GPT.from_weights(GPTConfig(**state['model_config']), weights)
     return model, get_tokenizer(state['meta']['tokenizer'], state['meta'].get('chars'))

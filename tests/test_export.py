@@ -455,6 +455,11 @@ def test_a_folder_is_trained_on_and_sampled_from(tiny, tmp_path, capsys):
     tokenizer = sample.load(sampled)[1]
     text = 'abc \u00e9\U0001f642'
     assert b''.join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    more = transformers.AutoTokenizer.from_pretrained(folder)
+    more.add_tokens(['one that the model lacks'])
+    more.save_pretrained(folder)
+    with pytest.raises(UserError, match='has 257 ids, its model only 256: use a folder'):
+        sample.load(sampled)
 
 
 def test_an_init_from_that_is_no_folder_is_refused(tiny, tmp_path):
