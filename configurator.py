@@ -13,7 +13,7 @@ import inspect
 import os
 import runpy
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +68,11 @@ def flat(values):
     entries = {f'{key}.{name}': number for key, held in values.items() if isinstance(held, dict)
                for name, number in held.items()}
     return {key: value for key, value in values.items() if not isinstance(value, dict)} | entries
+
+
+def flags_of(config):
+    """All keys of a config as flags, except those that hold an empty text."""
+    return [f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != '']
 
 
 def nested(values):

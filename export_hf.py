@@ -302,7 +302,8 @@ def main():
     final = Path(c.out_dir, 'hf')
     if final.exists() and not c.overwrite:
         raise UserError(f"'{final}' exists: move it, or use --overwrite=True to lose it")
-    checkpoint.newest(c.out_dir)  # raises UserError before the lock would make a folder
+    if not checkpoint.find(c.out_dir):
+        checkpoint.newest(c.out_dir)  # raises UserError, before the lock would make a folder
     held = lock(c.out_dir, '.lock_export', 'exporting from')  # training may go on meanwhile
     try:
         return export(c, final)

@@ -14,12 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stress_faults import differences, squares  # first: it puts the repository on the path
 
-from configurator import configure, flat
+from configurator import configure, flags_of
 from nanop import run_log
 from nanop.errors import UserError, exit_on_user_error, first_line, require_values
 from train import TrainConfig
@@ -76,7 +76,7 @@ def launch(config, port):
             '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:{port}', '--rdzv_id=1',
             # namespaces share the machine's name, from which torchrun would take its address and who hosts the meeting
             f'--local_addr={address}', f'--rdzv_conf=is_host={int(name == NAMES[0])}',
-            ROOT / 'train.py', *(f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != '')]
+            ROOT / 'train.py', *flags_of(config)]
         hosts[output] = subprocess.Popen(
             command, stdout=open(output, 'w'), stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': cable})

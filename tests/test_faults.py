@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ import stress_faults
 import torch
 
 import train as train_module
-from configurator import flat
+from configurator import flags_of
 from model import GPT
 from nanop import checkpoint, dataset, run_log, terminal
 from nanop.errors import UserError
@@ -39,8 +39,7 @@ def names(paths):
 
 def start(config, **options):
     """Start train.py in a subprocess. Returns the process."""
-    return subprocess.Popen([sys.executable, ROOT / 'train.py', *(f'--{key}={value}' for key, value in
-                             flat(asdict(config)).items() if value != '')],
+    return subprocess.Popen([sys.executable, ROOT / 'train.py', *flags_of(config)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -622,8 +621,7 @@ TERMINALS = ('head', 'full', 'closed', *(pytest.param(kind, marks=pytest.mark.sl
 @pytest.mark.parametrize('kind', TERMINALS)
 def test_no_terminal_ends_a_run(tiny, kind):
     config = replace(tiny, max_iters=300, sample_tokens=30)
-    command = [sys.executable, str(ROOT / 'train.py'), *(f'--{key}={value}' for key, value in
-                                                         flat(asdict(config)).items() if value != '')]
+    command = [sys.executable, str(ROOT / 'train.py'), *flags_of(config)]
     environment = dict(os.environ, PYTHONIOENCODING='ascii' if kind == 'ascii' else 'utf-8', PYTHONUNBUFFERED='1')
     shell = dict(head='{} | head -n 1', full='{} > /dev/full', closed='{} >&-', ascii='{} | cat')
     shell |= {'both closed': '{} >&- 2>&-'}

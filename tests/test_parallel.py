@@ -10,7 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-from configurator import flat
+from configurator import flags_of
 from model import GPT, Block, GPTConfig
 from nanop import checkpoint, parallel, run_log
 from nanop.errors import UserError
@@ -47,7 +47,7 @@ def launch(config, processes, *torchrun, **env):
     return subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
          *(torchrun or ['--standalone']), ROOT / 'train.py',
-         *(f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != '')],
+         *flags_of(config)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train as train_module
-from configurator import configure, flat
+from configurator import configure, flags_of
 from model import GPT, GPTConfig
 from nanop import checkpoint, dataset, machine, parallel
 from nanop.dataset import Dataset
@@ -68,10 +68,6 @@ def rows_of(out_dir):
 
 def losses_of(out_dir):
     return [(row['step'], row['loss'], row['val_loss'], row['grad_norm']) for row in rows_of(out_dir)]
-
-
-def flags(config):
-    return [f'--{key}={value}' for key, value in flat(asdict(config)).items() if value != '']
 
 
 def run(script, *args, **env):
@@ -326,7 +322,7 @@ def test_weights_that_broke_are_never_saved(tiny, monkeypatch):
 
 
 def test_divergence_exits_with_3_and_says_what_to_try(tiny):
-    result = run('train.py', *flags(replace(tiny, learning_rate=1e30, grad_clip=0.0)))
+    result = run('train.py', *flags_of(replace(tiny, learning_rate=1e30, grad_clip=0.0)))
     assert result.returncode == 3 and 'Traceback' not in result.stderr
     assert 'was not taken: loss' in result.stdout and 'Try a lower learning_rate' in result.stdout
 
@@ -836,7 +832,7 @@ def test_user_errors_are_one_line_and_exit_code_2(tiny, tmp_path, run_here):
         (f'--out_dir={file}/out',): f"error: out_dir='{file}/out' cannot be written",
     }
     for args, message in cases.items():
-        result = (run if args == ('--vocab_size=100',) else run_here)('train.py', *flags(tiny), *args)
+        result = (run if args == ('--vocab_size=100',) else run_here)('train.py', *flags_of(tiny), *args)
         assert result.returncode == 2 and message in result.stderr, result.stderr
         assert len(result.stderr.splitlines()) == 1, result.stderr
 
